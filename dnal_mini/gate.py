@@ -1,0 +1,284 @@
+"""The SS layer: one learnable soft switch per channel, and how to put it into any CNN.
+
+Read ``ScaledSigmoid`` first: its three-line ``forward`` is the whole idea. ``add_gates`` puts it
+into a copy of a network, ``delta_schedule`` makes the switch steeper, ``gate_price`` charges for
+open gates. This file knows nothing about training, pruning or particular networks.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+
+Mode = Literal["off", "soft", "hard"]
+Order = Literal["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"]
+Objective = Literal["paper", "code"]
+Where = Callable[[str, nn.Module], bool]
+
+
+class ScaledSigmoid(nn.Module):
+    """Soft switch per channel: ``x * sigmoid(delta * s)``.
+
+    Input and output: (batch, channels, height, width). ``mode`` is a word:
+    "off" is the identity (gain 1), "soft" multiplies by ``p = sigmoid(delta * s)``,
+    "hard" multiplies by 1 where ``p > threshold`` and by 0 elsewhere. ``s`` starts at 0, where
+    p = 0.5 for every delta.
+
+    Source: Guo et al. 2022, eq. 1-4 [guo2022dnal].
+    Differs: the paper's binary function is ``s > 0``, our default ``threshold = 0.5``; the authors'
+    scripts keep a channel where ``p > 0.9``: pass ``threshold=0.9`` to have theirs.
+    """
+
+    delta: Tensor  # steepness, a scalar without gradient
+
+    def __init__(self, channels: int, threshold: float = 0.5) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("delta", torch.tensor(1.0))
+        self.mode: Mode = "off"
+        self.threshold = threshold
+
+    @property
+    def p(self) -> Tensor:
+        """Soft gate ``sigmoid(delta * s)`` per channel, whatever the mode: (channels,)."""
+        return torch.sigmoid(self.delta * self.s)
+
+    @property
+    def is_open(self) -> Tensor:
+        """Hard decision per channel, a boolean (channels,); ``s = 0`` counts as closed."""
+        return self.p > self.threshold
+
+    def gain(self) -> Tensor | None:
+        """Factor per channel in the present mode: (channels,), or None when off."""
+        match self.mode:
+            case "off":
+                return None
+            case "soft":
+                return self.p
+            case "hard":
+                return self.is_open.to(self.s)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gain = self.gain()
+        return x if gain is None else x * gain[:, None, None].to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.s)}, mode={self.mode!r}"
+
+
+class GatedNorm(nn.Module):
+    """A BatchNorm2d and its gate in the BatchNorm's place.
+
+    With the gate after the norm, ``p * (gamma * x + beta) = (p * gamma) * x + p * beta``: the gate
+    costs nothing when it is folded into the affine. ``folded=False`` runs the two layers one after
+    the other instead; both give the same values and gradients.
+    """
+
+    def __init__(self, norm: nn.Module, gate: ScaledSigmoid, gate_first: bool = False) -> None:
+        super().__init__()
+        self.norm, self.gate = norm, gate
+        self.gate_first = gate_first
+        self.folded = not gate_first and norm.affine
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate_first:
+            return self.norm(self.gate(x))
+        gain = self.gate.gain()
+        if gain is None or not self.folded:
+            return self.gate(self.norm(x))
+        affine = {"weight": gain * self.norm.weight, "bias": gain * self.norm.bias}
+        return functional_call(self.norm, affine, (x,))
+
+
+def add_gates(
+    net: nn.Module, order: Order = "conv-bn-ss-relu", where: Where | None = None
+) -> nn.Module:
+    """A copy of any CNN with an SS layer at its BatchNorm2d layers; the argument is untouched.
+
+    ``where(name, norm)`` tells which BatchNorm2d get a gate. Without it the network's own
+    ``gate_here(name)`` decides if it has one (the paper's placement), else all are gated.
+    Gates start in mode "off", so the copy computes what ``net`` computes.
+    For "conv-bn-relu-ss" the copy is a ``torch.fx.GraphModule``, since activations are often
+    shared or functional; a BatchNorm that feeds no activation is gated itself.
+
+    Source: Guo et al. 2022, sec. 3.2, fig. 2 and fig. 4 [guo2022dnal].
+    Raises: ValueError for an unknown order, a net that already has gates, or no layer chosen.
+    """
+    if order not in get_args(Order):
+        raise ValueError(f"got order {order!r}; need one of {', '.join(get_args(Order))}")
+    if gates(net):
+        raise ValueError("got a net that has gates already; need a plain one: gate a fresh net")
+    own = getattr(net, "gate_here", None)
+    chosen = where or ((lambda name, norm: own(name)) if own else (lambda name, norm: True))
+    net = copy.deepcopy(net)
+    sites = {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and chosen(name, module)
+    }
+    if not sites:
+        raise ValueError(
+            "got no BatchNorm2d to gate; need at least one: change `where` or the network"
+        )
+    if order == "conv-bn-relu-ss":
+        return _gate_after_activation(net, sites)
+    for name, norm in sites.items():
+        gated = GatedNorm(norm, _gate_like(norm), gate_first=order == "conv-ss-bn-relu")
+        for alias, module in list(net.named_modules(remove_duplicate=False)):
+            if module is norm and not alias.endswith(".norm"):
+                replace_module(net, alias, gated)
+    return net
+
+
+def _gate_like(norm: nn.Module) -> ScaledSigmoid:
+    """A fresh gate on the device and in the dtype of a BatchNorm."""
+    like = norm.weight if norm.affine else norm.running_mean
+    gate = ScaledSigmoid(norm.num_features)
+    return gate.to(like) if like is not None else gate
+
+
+def _gate_after_activation(net: nn.Module, sites: dict[str, nn.Module]) -> nn.Module:
+    """Insert each gate behind the activation that follows its BatchNorm, by rewriting the graph."""
+    traced = fx.symbolic_trace(net)
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module" or node.target not in sites:
+            continue
+        users = list(node.users)
+        site = users[0] if len(users) == 1 and is_activation(users[0], traced) else node
+        name = f"{node.target}_gate"
+        if name in dict(traced.named_modules()):
+            raise ValueError(f"{node.target} is called twice; need one call per gated BatchNorm")
+        traced.add_submodule(name, _gate_like(sites[node.target]))
+        with traced.graph.inserting_after(site):
+            gate = traced.graph.call_module(name)
+        site.replace_all_uses_with(gate)
+        gate.args = (site,)
+    traced.recompile()
+    for attribute in ("config", "gate_here"):  # what the pruner and the reports want to know
+        if hasattr(net, attribute) and attribute == "config":
+            setattr(traced, attribute, net.config)
+    return traced
+
+
+ACTIVATIONS = {
+    "relu", "relu_", "relu6", "leaky_relu", "silu", "gelu", "elu", "hardswish", "hardsigmoid",
+    "hardtanh", "selu", "celu", "mish", "softplus", "sigmoid", "tanh", "prelu",
+}  # fmt: skip
+
+
+def is_activation(node: fx.Node, root: nn.Module) -> bool:
+    """True if an fx node is an elementwise activation, as a module, a function or a method."""
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return type(module).__name__.lower() in ACTIVATIONS
+    return getattr(node.target, "__name__", node.target) in ACTIVATIONS
+
+
+def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at a qualified name of ``net``, in place."""
+    parent, _, child = name.rpartition(".")
+    setattr(net.get_submodule(parent), child, module)
+
+
+def gates(net: nn.Module) -> dict[str, ScaledSigmoid]:
+    """All gates of a network by qualified name, in the network's own order."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, ScaledSigmoid)}
+
+
+def set_gates(
+    net: nn.Module,
+    mode: Mode | None = None,
+    delta: float | None = None,
+    threshold: float | None = None,
+) -> None:
+    """Set the mode, the steepness and the threshold of every gate, in place.
+
+    Raises: ValueError for an unknown mode, delta not finite and positive, threshold not in (0, 1).
+    """
+    if mode is not None and mode not in get_args(Mode):
+        raise ValueError(f"got mode {mode!r}; need one of {', '.join(get_args(Mode))}")
+    if delta is not None and not (math.isfinite(delta) and delta > 0):
+        raise ValueError(f"got delta {delta}; need a finite number above 0")
+    if threshold is not None and not 0 < threshold < 1:
+        raise ValueError(f"got threshold {threshold}; need a number between 0 and 1")
+    for gate in gates(net).values():
+        gate.mode = gate.mode if mode is None else mode
+        gate.threshold = gate.threshold if threshold is None else threshold
+        if delta is not None:
+            gate.delta.fill_(delta)
+
+
+def arch_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
+    """The architecture parameters ``s``, one (channels,) tensor per gate."""
+    return (gate.s for gate in gates(net).values())
+
+
+def weight_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
+    """Everything that is not an architecture parameter."""
+    own = {id(s) for s in arch_parameters(net)}
+    return (parameter for parameter in net.parameters() if id(parameter) not in own)
+
+
+def delta_schedule(
+    epochs: int, form: Objective = "paper", delta_max: float = 1e4
+) -> list[float]:
+    """Steepness of the gates for each architecture epoch, growing by a constant factor.
+
+    "paper": from 1 to ``delta_max``, both trained (Algorithm 1; a single epoch gets ``delta_max``).
+    "code": multiplied before each epoch, so that delta = 1 is never trained.
+
+    Source: Guo et al. 2022, Algorithm 1 [guo2022dnal].
+    Raises: ValueError for epochs < 1 or delta_max < 1.
+    """
+    if epochs < 1:
+        raise ValueError(f"got {epochs} epochs; need at least 1")
+    if not (math.isfinite(delta_max) and delta_max >= 1):
+        raise ValueError(f"got delta_max {delta_max}; need a finite number of at least 1")
+    if form not in get_args(Objective):
+        raise ValueError(f"got form {form!r}; need 'paper' or 'code'")
+    if form == "code" or epochs == 1:
+        return [delta_max ** (k / epochs) for k in range(1, epochs + 1)]
+    return [delta_max ** (i / (epochs - 1)) for i in range(epochs)]
+
+
+def open_gates(net: nn.Module, objective: Objective = "paper", floor: float = 0.0) -> Tensor:
+    """The number that ``gate_price`` multiplies: a scalar with gradient, summed over all gates.
+
+    "paper": sum of ``sigmoid(delta * s)``; "code": sum of ``sigmoid(s)`` (delta left out, as in
+    the authors' scripts). A layer whose sum lies below ``floor`` of its channels is not charged.
+
+    Source: Guo et al. 2022, eq. 7 [guo2022dnal]. Differs: ``floor`` (0 switches it off).
+    """
+    terms = []
+    for gate in gates(net).values():
+        term = (gate.p if objective == "paper" else torch.sigmoid(gate.s)).sum()
+        if floor > 0:
+            held = gate.p.detach().sum() <= floor * len(gate.s)
+            term = torch.where(held, term.detach(), term)
+        terms.append(term)
+    return torch.stack(terms).sum()
+
+
+def gate_report(net: nn.Module, bins: int = 10) -> dict[str, dict]:
+    """What every gate does now, by layer: JSON-able numbers.
+
+    ``channels``, ``open`` (hard decision), ``soft`` (sum of p), ``undecided`` (share of p in
+    (0.1, 0.9)), ``gap`` (largest min(p, 1 - p): 0 when binary), ``histogram`` (counts of p in
+    ``bins`` equal bins of [0, 1]).
+    """
+    rows = {}
+    for name, gate in gates(net).items():
+        p = gate.p.detach().double().cpu()
+        rows[name] = {
+            "channels": len(p),
+            "open": int(gate.is_open.sum()),
+            "soft": float(p.sum()),
+            "undecided": float(((p > 0.1) & (p < 0.9)).double().mean()),
+            "gap": float(torch.minimum(p, 1 - p).max()),
+            "histogram": torch.histc(p, bins, 0, 1).int().tolist(),
+        }
+    return rows
