@@ -126,10 +126,10 @@ def add_gates(
         )
     if order == "conv-bn-relu-ss":
         return _gate_after_activation(net, sites)
-    for name, norm in sites.items():
+    for norm in sites.values():
         gated = GatedNorm(norm, _gate_like(norm), gate_first=order == "conv-ss-bn-relu")
         for alias, module in list(net.named_modules(remove_duplicate=False)):
-            if module is norm and not alias.endswith(".norm"):
+            if module is norm:
                 replace_module(net, alias, gated)
     return net
 
@@ -158,9 +158,8 @@ def _gate_after_activation(net: nn.Module, sites: dict[str, nn.Module]) -> nn.Mo
         site.replace_all_uses_with(gate)
         gate.args = (site,)
     traced.recompile()
-    for attribute in ("config", "gate_here"):  # what the pruner and the reports want to know
-        if hasattr(net, attribute) and attribute == "config":
-            setattr(traced, attribute, net.config)
+    if hasattr(net, "config"):  # how to rebuild the net: the pruner writes it into the spec
+        traced.config = net.config
     return traced
 
 
