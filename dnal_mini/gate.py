@@ -7,7 +7,7 @@ open gates. This file knows nothing about training, pruning or particular networ
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -34,6 +34,7 @@ class ScaledSigmoid(nn.Module):
     """
 
     delta: Tensor  # steepness, a scalar without gradient
+    fx_leaf = True
 
     def __init__(self, channels: int, threshold: float = 0.5) -> None:
         super().__init__()
@@ -77,6 +78,8 @@ class GatedNorm(nn.Module):
     costs nothing when it is folded into the affine. ``folded=False`` runs the two layers one after
     the other instead; both give the same values and gradients.
     """
+
+    fx_leaf = True
 
     def __init__(self, norm: nn.Module, gate: ScaledSigmoid, gate_first: bool = False) -> None:
         super().__init__()
@@ -143,7 +146,7 @@ def _gate_like(norm: nn.Module) -> ScaledSigmoid:
 
 def _gate_after_activation(net: nn.Module, sites: dict[str, nn.Module]) -> nn.Module:
     """Insert each gate behind the activation that follows its BatchNorm, by rewriting the graph."""
-    traced = fx.symbolic_trace(net)
+    traced = trace(net)
     for node in list(traced.graph.nodes):
         if node.op != "call_module" or node.target not in sites:
             continue
@@ -161,6 +164,29 @@ def _gate_after_activation(net: nn.Module, sites: dict[str, nn.Module]) -> nn.Mo
     if hasattr(net, "config"):  # how to rebuild the net: the pruner writes it into the spec
         traced.config = net.config
     return traced
+
+
+class LeafTracer(fx.Tracer):
+    """Traces a network down to torch's layers and to modules marked ``fx_leaf``."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return getattr(m, "fx_leaf", False) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(net: nn.Module) -> fx.GraphModule:
+    """The graph of a network's forward pass, sharing the network's modules.
+
+    Raises: ValueError with the reason if torch.fx cannot follow the forward code.
+    """
+    try:
+        graph = LeafTracer().trace(net)
+    except Exception as error:  # torch.fx raises whatever the user's forward raises on a proxy
+        reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"got a {type(net).__name__} that torch.fx cannot trace ({reason}); "
+            "need a forward without data-dependent control flow"
+        ) from error
+    return fx.GraphModule(net, graph)
 
 
 ACTIVATIONS = {
@@ -222,9 +248,7 @@ def weight_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in net.parameters() if id(parameter) not in own)
 
 
-def delta_schedule(
-    epochs: int, form: Objective = "paper", delta_max: float = 1e4
-) -> list[float]:
+def delta_schedule(epochs: int, form: Objective = "paper", delta_max: float = 1e4) -> list[float]:
     """Steepness of the gates for each architecture epoch, growing by a constant factor.
 
     "paper": from 1 to ``delta_max``, both trained (Algorithm 1; a single epoch gets ``delta_max``).
@@ -244,19 +268,23 @@ def delta_schedule(
     return [delta_max ** (i / (epochs - 1)) for i in range(epochs)]
 
 
-def open_gates(net: nn.Module, objective: Objective = "paper", floor: float = 0.0) -> Tensor:
+def open_gates(
+    net: nn.Module, objective: Objective = "paper", floors: Mapping[str, float] | None = None
+) -> Tensor:
     """The number that ``gate_price`` multiplies: a scalar with gradient, summed over all gates.
 
     "paper": sum of ``sigmoid(delta * s)``; "code": sum of ``sigmoid(s)`` (delta left out, as in
-    the authors' scripts). A layer whose sum lies below ``floor`` of its channels is not charged.
+    the authors' scripts). A gate named in ``floors`` is not charged while the sum of its
+    ``sigmoid(delta * s)`` is at or below its floor (a number of channels).
 
-    Source: Guo et al. 2022, eq. 7 [guo2022dnal]. Differs: ``floor`` (0 switches it off).
+    Source: Guo et al. 2022, eq. 7 [guo2022dnal]. Differs: ``floors``, which keep a layer alive.
     """
+    floors = floors or {}
     terms = []
-    for gate in gates(net).values():
+    for name, gate in gates(net).items():
         term = (gate.p if objective == "paper" else torch.sigmoid(gate.s)).sum()
-        if floor > 0:
-            held = gate.p.detach().sum() <= floor * len(gate.s)
+        if name in floors:
+            held = gate.p.detach().sum() <= floors[name]
             term = torch.where(held, term.detach(), term)
         terms.append(term)
     return torch.stack(terms).sum()

@@ -6,6 +6,7 @@ one uint8 tensor, and nothing inside an epoch waits for the device.
 """
 
 import contextlib
+import math
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +71,7 @@ def constant(lr: float) -> Callable[[float], float]:
 
 def cosine(lr: float) -> Callable[[float], float]:
     """From ``lr`` down to 0 along half a cosine."""
-    return lambda done: lr * (1 + float(torch.cos(torch.tensor(torch.pi * done)))) / 2
+    return lambda done: lr * (1 + math.cos(math.pi * done)) / 2
 
 
 def as_input(images: Tensor, data: ImageSet, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -137,7 +138,7 @@ def fit(
                 net, as_input(images, data, dtype, channels_last), labels, optimizer, price, dtype
             )
         loss, paid, correct = (sums / steps).tolist()
-        if not loss == loss or loss == float("inf"):
+        if not math.isfinite(loss):
             raise FloatingPointError(f"got loss {loss} in epoch {epoch}; lower the learning rate")
         train_s = time.perf_counter() - start
         accuracy = evaluate(net, data.val, data, dtype=dtype, channels_last=channels_last)
