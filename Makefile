@@ -1,0 +1,30 @@
+# Every target is one line; what needs more is a Python file. Another Python: make setup PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+PROSE := README.md CONTRIBUTING.md book notebooks dnal_mini tests
+
+.PHONY: setup test lint notebooks book lab clean
+
+setup: $(READY)
+
+test: $(READY)
+	$(BIN)/python book/render.py && $(BIN)/python -m pytest --nbmake tests notebooks
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell $(PROSE)
+
+notebooks: $(READY)
+	$(BIN)/python book/execute.py
+
+book: $(READY)
+	rm -rf _build && $(BIN)/jupyter-book build . -W --keep-going
+
+lab: $(READY)
+	$(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf _build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml constraints.txt .ci/environment.py
+	$(PYTHON) .ci/environment.py .venv -c constraints.txt -e ".[data,book,test,dev]" && touch $(READY)

@@ -1,0 +1,38 @@
+"""What every test stands on: a seed, repeatable kernels, few threads, no network."""
+
+import os
+import random
+import socket
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(min(4, os.cpu_count() or 1))
+torch.use_deterministic_algorithms(True)
+settings.register_profile("dnal", deadline=None, derandomize=True)
+settings.load_profile("dnal")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    """The same random numbers in every test, whichever tests run before it."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries may draw from the global generator
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection to another host raises, except in tests marked ``download``."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> None:
+        host = address[0] if isinstance(address, tuple) else "localhost"  # a str is a Unix socket
+        if host not in {"localhost", "127.0.0.1", "::1"}:
+            raise OSError(f"got a connection to {host}; tests run offline; mark it `download`")
+        connect(self, address)  # type: ignore[arg-type]
+
+    if request.node.get_closest_marker("download") is None:
+        monkeypatch.setattr(socket.socket, "connect", guarded)

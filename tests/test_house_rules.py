@@ -1,0 +1,204 @@
+"""House rules that a machine can check."""
+
+import ast
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tomllib
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dnal_mini"
+ROWS = [
+    {"gate", "cost", "data", "runlog"},
+    {"models", "channels"},
+    {"prune", "train"},
+    {"peers", "search"},
+    {"recipes"},
+    {"__main__"},
+]
+RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
+ASIDE = {"plots", "widgets"}
+HEAVY = "torchvision matplotlib pandas seaborn tyro sklearn ipywidgets IPython tqdm PIL"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REQUIREMENTS = set(chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()))
+
+
+def module_name(path: Path) -> str:
+    """The module or subpackage of dnal_mini that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(source: str) -> set[str]:
+    """Dotted names of all that a source imports, at the top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def wrong_imports(name: str, source: str) -> set[str]:
+    """Imports a module of the package may not have: from below its row, from aside, relative."""
+    wrong = set()
+    for dotted in imported(source):
+        top, _, rest = dotted.partition(".")
+        module = rest.split(".")[0]
+        if not top or (top == "dnal_mini" and RANK.get(module, 99) > RANK.get(name, 99)):
+            wrong.add(dotted)
+    return wrong
+
+
+def can_fail(test: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """True if the body holds an assert of something that can be false, or a call that raises."""
+    return any(
+        (isinstance(n, ast.Assert) and not isinstance(n.test, ast.Constant))
+        or (isinstance(n, ast.Attribute) and n.attr in {"assert_close", "raises", "warns"})
+        or (isinstance(n, ast.Attribute) and n.attr.startswith("assert_"))
+        for n in ast.walk(test)
+    )
+
+
+def idle_tests(source: str) -> list[str]:
+    """Names of the tests in a source that cannot fail."""
+    nodes = ast.walk(ast.parse(source))
+    functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [f.name for f in functions if f.name.startswith("test_") and not can_fail(f)]
+
+
+def tracked_files() -> list[Path]:
+    """All files of the repository that git tracks and that are still there."""
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git and a clone: only tracked files are looked at")
+    command = ["git", "-c", "safe.directory=*", "ls-files", "-z"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / name for name in listing.split("\0") if name and (ROOT / name).is_file()]
+
+
+def tree_entries(markdown: str) -> dict[str, dict[str, str]]:
+    """The layout block of a README: {folder: {entry: role}}; folder "" is the root.
+
+    A line is one or more names, then their role; lines below ``folder/`` are indented.
+    """
+    blocks = re.findall(r"^```\w*\n(.*?)^```", markdown, flags=re.MULTILINE | re.DOTALL)
+    layout = next((block for block in blocks if re.search(r"^dnal_mini/", block, re.M)), "")
+    entries: dict[str, dict[str, str]] = {"": {}}
+    folder = ""
+    for line in filter(str.strip, layout.splitlines()):
+        indented = line[0] == " "
+        folder = folder if indented else ""
+        words = line.split()
+        count = 1
+        while count < len(words) and (ROOT / folder / words[count]).exists():
+            count += 1
+        for name in words[:count]:
+            entries.setdefault(folder, {})[name.rstrip("/")] = " ".join(words[count:])
+        if not indented and words[0].endswith("/"):
+            folder = words[0].rstrip("/")
+    return entries
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_imports_are_absolute_and_point_up_the_table(path: Path):
+    name = module_name(path)
+    assert name in {*RANK, *ASIDE, "__init__"}, f"{name} stands in no import row; add it to ROWS"
+    wrong = wrong_imports(name, path.read_text())
+    assert not wrong, f"{name} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("gate", "from dnal_mini.models import vgg16"),
+        ("gate", "def f():\n    import dnal_mini.search"),
+        ("models", "from dnal_mini import prune"),
+        ("search", "from dnal_mini.plots import curve"),
+        ("cost", "from .gate import gates"),
+    ],
+)
+def test_a_planted_import_against_the_rows_is_caught(name: str, line: str):
+    assert wrong_imports(name, line)
+    assert not wrong_imports(name, "import torch\nfrom dnal_mini.gate import gates")
+
+
+def test_figures_know_nothing_of_torch():
+    path = PACKAGE / "plots.py"
+    names = imported(path.read_text()) if path.exists() else set()
+    assert not {name for name in names if name.split(".")[0] in {"torch", "dnal_mini"}}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.stem
+)
+def test_every_test_can_fail(path: Path):
+    idle = idle_tests(path.read_text())
+    assert not idle, f"no check in {idle}"
+
+
+def test_a_planted_idle_test_is_caught():
+    idle = "def test_prints():\n    print(1)\ndef test_constant():\n    assert True\n"
+    sound = "def test_sum():\n    assert 1 + 1 == 2\n"
+    assert idle_tests(idle + sound) == ["test_prints", "test_constant"]
+
+
+def test_tests_run_offline():
+    with socket.socket() as sock, pytest.raises(OSError, match="offline"):
+        sock.connect(("192.0.2.1", 80))  # an address that RFC 5737 keeps for examples
+
+
+def test_importing_the_package_loads_torch_and_nothing_heavier():
+    code = "import json, sys, dnal_mini; print(json.dumps(sorted(sys.modules)))"
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    modules = set(json.loads(done.stdout))
+    assert "torch" in modules
+    assert not modules & set(HEAVY.split())
+
+
+def test_the_tree_in_the_readme_is_the_folder():
+    entries = tree_entries((ROOT / "README.md").read_text())
+    files = [path.relative_to(ROOT) for path in tracked_files()]
+    for folder, hidden in (("", set()), ("dnal_mini", {"__init__.py", "py.typed"})):
+        inside = [f.relative_to(folder) for f in files if f.is_relative_to(folder)]
+        there = {path.parts[0] for path in inside} - hidden
+        named = {name.split("/")[0] for name in entries.get(folder, {})}
+        assert named == there, (
+            f"{folder or 'top level'}: missing {there - named}, gone {named - there}"
+        )
+        assert all(entries[folder].values()), f"a line of {folder or 'top level'} gives no role"
+
+
+def test_conda_takes_the_same_ranges_as_pip():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    listed = next(part["pip"] for part in conda if isinstance(part, dict))
+    assert f"python{PROJECT['requires-python']}" in conda
+    assert set(listed) == {"-c constraints.txt", "-e .", *REQUIREMENTS}
+
+
+def test_constraints_pin_everything_that_the_project_names():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    names = {re.sub(r"[-_.]+", "-", pin.split("==")[0]).lower() for pin in pins}
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert {re.match(r"[\w-]+", want)[0] for want in REQUIREMENTS} <= names
+
+
+def test_no_file_names_a_folder_of_somebodys_machine():
+    folders = "|".join(["home", "root", "work", "tmp", "Users", "mnt", "opt"])
+    pattern = re.compile(rf"(?<![\w.:~$}}/-])/(?:{folders})/")
+    found = []
+    for path in tracked_files():
+        text = path.read_bytes().decode("utf-8", errors="ignore")
+        found += [f"{path.relative_to(ROOT)}: {hit[0]}" for hit in pattern.finditer(text)]
+    assert not found, found
