@@ -1,0 +1,259 @@
+"""Static figures from tables: each function takes a table and an axis, and returns the axis.
+
+Read ``use_style`` first, then any one figure. A table is a pandas DataFrame, or a dict or list of
+rows that makes one. Nothing here trains, reads a file or shows a window. Accuracies and shares
+come in [0, 1] and become percent only here. Stands aside: imports nothing from the package; the
+interactive figures are in ``widgets.py``.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+Table = Any  # a DataFrame or what makes one: {column: values} or [{column: value}, ...]
+
+# One colour per thing through the whole book, from Okabe and Ito's set for colour-blind readers.
+BLUE, VERMILION, GREEN, PURPLE = "#0072b2", "#d55e00", "#007a5a", "#a8488a"
+AMBER, GREY, SKY, INK = "#b07800", "#6b7280", "#56b4e9", "#1f2933"
+COLOURS = {
+    "weight_stage": BLUE, "arch_stage": VERMILION, "fine_tune": GREEN,
+    "dense": GREY, "pruned": BLUE, "kept": INK,
+    "dnal": BLUE, "paper": BLUE, "code": VERMILION,
+    "conv-bn-ss-relu": BLUE, "conv-bn-relu-ss": GREEN, "conv-ss-bn-relu": VERMILION,
+    "off": GREY, "soft": VERMILION, "hard": BLUE,
+    "annealed": BLUE, "steep": VERMILION,
+}  # fmt: skip
+OTHERS = (PURPLE, AMBER, GREEN, VERMILION, SKY, GREY, INK)
+MARKERS = "osD^vPX*"
+STAGE_TITLES = {
+    "weight_stage": "weight stage",
+    "arch_stage": "architecture stage",
+    "fine_tune": "fine-tuning",
+}
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (6.4, 3.6), "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white", "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "axes.titlelocation": "left", "axes.titleweight": "bold",
+    "axes.titlesize": 11, "axes.titlecolor": INK,
+    "grid.color": "#d9dee4", "grid.linewidth": 0.7, "text.color": INK,
+    "xtick.color": INK, "ytick.color": INK, "font.size": 10, "lines.linewidth": 2,
+    "legend.frameon": False, "legend.fontsize": 9, "savefig.facecolor": "white",
+    "svg.hashsalt": "dnal_mini",
+}  # fmt: skip
+
+
+def use_style() -> None:
+    """Give every figure of this session the book's look, and notebooks SVG pictures.
+
+    White ground and dark ink, so that a figure is legible on a dark page too. The same code draws
+    the same bytes: no date and no random ids are written into the picture.
+    """
+    import matplotlib as mpl
+    from cycler import cycler
+
+    cycle = cycler(color=[BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY])
+    mpl.rcParams.update({**STYLE, "axes.prop_cycle": cycle})
+    if mpl.get_backend().lower().endswith("inline"):
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("svg", metadata={"Date": None})
+
+
+def colour(name: str) -> str:
+    """The book's colour of a method, stage, order or mode; an unknown name keeps one too."""
+    if name in COLOURS:
+        return COLOURS[name]
+    return OTHERS[sum(name.encode()) % len(OTHERS)]
+
+
+def _frame(table: Table, *columns: str) -> "pd.DataFrame":
+    """The table as a DataFrame. Raises: ValueError for a column that it lacks, or for no rows."""
+    import pandas as pd
+
+    frame = pd.DataFrame(table)
+    missing = [name for name in columns if name not in frame]
+    if missing:
+        raise ValueError(f"got columns {list(frame)}; need {', '.join(missing)} too")
+    if frame.empty:
+        raise ValueError("got a table without rows; need at least one")
+    return frame
+
+
+def _finish(ax: "Axes", title: str, x_label: str, y_label: str) -> "Axes":
+    ax.set(title=title, xlabel=x_label, ylabel=y_label)
+    return ax
+
+
+def _percent(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(xmax=1, decimals=None))
+
+
+def curves(
+    table: Table, ax: "Axes", x: str, y: str, by: str, *, title: str, x_label: str, y_label: str
+) -> "Axes":
+    """One line of ``y`` over ``x`` for each value of ``by``, which is named at the line's legend.
+
+    Numbers in ``by`` are an order and get shades from light to dark; names get their own colours.
+    """
+    from pandas.api.types import is_numeric_dtype
+
+    frame = _frame(table, x, y, by)
+    groups = list(frame.groupby(by, sort=is_numeric_dtype(frame[by])))
+    shades = _shades(len(groups)) if is_numeric_dtype(frame[by]) else []
+    for k, (name, part) in enumerate(groups):
+        label = f"{by} = {name:g}" if shades else str(name)
+        ax.plot(part[x], part[y], color=shades[k] if shades else colour(str(name)), label=label)
+    ax.legend()
+    return _finish(ax, title, x_label, y_label)
+
+
+def _shades(count: int) -> list[Any]:
+    """Colours of one order, light to dark, none too light for a white ground."""
+    import matplotlib as mpl
+
+    return list(mpl.colormaps["viridis_r"](np.linspace(0.2, 1, count)))
+
+
+def gate_histogram(table: Table, ax: "Axes", *, title: str) -> "Axes":
+    """Where the gates are, epoch by epoch: share of the gates in each bin of p, as shade.
+
+    Table: one row per epoch with ``delta`` and ``histogram`` (counts in equal bins of [0, 1]).
+    The scale is logarithmic, so that a few undecided gates are seen beside thousands of others.
+    """
+    from matplotlib.colors import LogNorm
+
+    frame = _frame(table, "delta", "histogram")
+    counts = np.array(frame["histogram"].tolist(), dtype=float)
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    epochs, bins = shares.shape
+    mesh = ax.pcolormesh(
+        np.arange(epochs + 1) - 0.5,
+        np.linspace(0, 1, bins + 1),
+        np.where(shares > 0, shares, np.nan).T,
+        cmap="viridis_r",
+        norm=LogNorm(vmin=1e-3, vmax=1),
+        rasterized=True,
+    )
+    ax.figure.colorbar(mesh, ax=ax, label="share of the gates")
+    places = np.unique(np.linspace(0, epochs - 1, min(epochs, 7)).round().astype(int))
+    ax.set_xticks(places, [f"{float(f'{d:.3g}'):,.8g}" for d in frame["delta"].iloc[places]])
+    ax.grid(False)
+    return _finish(ax, title, "δ, one column per epoch", "gate p")
+
+
+def training_curves(
+    table: Table, ax: "Axes", *, title: str, accuracy: str = "accuracy", kept: str = "kept"
+) -> "Axes":
+    """Accuracy over the epochs of all stages, each stage on its own ground; both in percent.
+
+    Table: one row per epoch in the order of training, with ``stage`` and the accuracy column;
+    ``kept`` (share of open gates) is drawn if there is such a column, ``seed`` gives one thin line
+    per seed and the median as a thick one.
+    """
+    frame = _frame(table, "stage", accuracy)
+    seeds = [part for _, part in frame.groupby("seed")] if "seed" in frame else [frame]
+    seeds = [part.reset_index(drop=True) for part in seeds]
+    if any(list(part["stage"]) != list(seeds[0]["stage"]) for part in seeds):
+        raise ValueError("got seeds with different epochs; need the same stages for each")
+    stages = seeds[0]["stage"]
+    epoch = np.arange(1, len(stages) + 1)
+    for stage in stages.unique():
+        own = epoch[stages == stage]
+        ax.axvspan(own[0] - 0.5, own[-1] + 0.5, color=colour(stage), alpha=0.1, lw=0)
+        name = STAGE_TITLES.get(stage, stage)
+        place = ((own[0] + own[-1]) / 2, 1.0)
+        ax.text(*place, name, ha="center", va="bottom", size=9, transform=ax.get_xaxis_transform())
+    drawn = [
+        (accuracy, "accuracy", BLUE, "-"),
+        (kept, "share of gates open", COLOURS["kept"], "--"),
+    ]
+    for column, label, ink, line in [row for row in drawn if row[0] in frame]:
+        runs = np.array([part[column].to_numpy(dtype=float) for part in seeds])
+        if len(runs) > 1:
+            ax.plot(epoch, runs.T, color=ink, lw=0.7, alpha=0.5, ls=line)
+        ax.plot(epoch, np.median(runs, axis=0), color=ink, ls=line, label=label)
+    _percent(ax.yaxis)
+    ax.set_xlim(0.5, len(epoch) + 0.5)
+    ax.set_ylim(0, 1.02)
+    ax.legend(loc="lower right")
+    _finish(ax, title, "epoch", "")
+    ax.set_title(title, pad=20)
+    return ax
+
+
+def widths(table: Table, ax: "Axes", *, title: str) -> "Axes":
+    """Channels of each layer before and after. Table: ``layer``, ``before``, ``after``."""
+    frame = _frame(table, "layer", "before", "after")
+    place = np.arange(len(frame))
+    ax.bar(place, frame["before"], width=0.82, color="#d9dee4", label="before")
+    ax.bar(place, frame["after"], width=0.82, color=COLOURS["pruned"], label="after")
+    if len(frame) <= 24:
+        for k, (before, after) in enumerate(zip(frame["before"], frame["after"], strict=True)):
+            ax.text(k, before, f"{after}", ha="center", va="bottom", size=8)
+    turn = len(frame) > 8
+    ax.set_xticks(
+        place, frame["layer"], rotation=60 if turn else 0, ha="right" if turn else "center"
+    )
+    ax.grid(axis="x", visible=False)
+    ax.legend(loc="upper left")
+    return _finish(ax, title, "layer", "channels (number: after)")
+
+
+def trade_off(table: Table, ax: "Axes", *, title: str) -> "Axes":
+    """Accuracy in percent over MACs on a log axis, one colour and marker per method.
+
+    Table: ``method``, ``macs``, ``accuracy``, one row per run. Runs of one ``setting`` (a column
+    that may lack) are joined: small points for the runs, a large one for their median.
+    """
+    frame = _frame(table, "method", "macs", "accuracy")
+    for k, (method, runs) in enumerate(frame.groupby("method", sort=False)):
+        look: dict[str, Any] = {"color": colour(str(method)), "marker": MARKERS[k % len(MARKERS)]}
+        middle = runs
+        if "setting" in frame:
+            ax.plot(runs["macs"], runs["accuracy"], ls="", ms=3, alpha=0.5, **look)
+            middle = runs.groupby("setting")[["macs", "accuracy"]].median()
+        middle = middle.sort_values("macs")
+        ax.plot(middle["macs"], middle["accuracy"], lw=1, ms=7, label=str(method), **look)
+    ax.set_xscale("log")
+    _percent(ax.yaxis)
+    ax.legend(loc="lower right")
+    return _finish(ax, title, "MACs for one image", "test accuracy")
+
+
+def points(
+    table: Table, ax: "Axes", by: str, y: str, *, title: str, y_label: str, log: bool = False
+) -> "Axes":
+    """Every value of ``y`` as a point above its group ``by``, the median as a bar.
+
+    A log axis cannot show 0; such values are left out of the picture and counted in the label.
+    """
+    frame = _frame(table, by, y)
+    names: Sequence[Any] = list(dict.fromkeys(frame[by]))
+    labels = []
+    for k, name in enumerate(names):
+        values = np.sort(frame.loc[frame[by] == name, y].to_numpy(dtype=float))
+        shown = values[values > 0] if log else values
+        spread = np.linspace(-0.16, 0.16, len(shown))[
+            np.argsort(np.arange(len(shown)) * 7919 % 101)
+        ]
+        ink = colour(str(name))
+        ax.plot(k + spread, shown, "o", color=ink, ms=5, alpha=0.6, mew=0)
+        if len(shown):
+            ax.hlines(np.median(shown), k - 0.3, k + 0.3, color=ink, lw=2.5)
+        hidden = len(values) - len(shown)
+        labels.append(f"{name}\n({hidden} at 0)" if hidden else str(name))
+    if log:
+        ax.set_yscale("log")
+    ax.set_xticks(range(len(names)), labels)
+    ax.set_xlim(-0.6, len(names) - 0.4)
+    ax.grid(axis="x", visible=False)
+    return _finish(ax, title, "", y_label)
