@@ -123,16 +123,22 @@ def analyse(
     _measure_shapes(graph, image_shape)
     kinds = _kinds(graph)
     analysis = Analysis(graph, kinds, {})
-    nodes = [n for n in graph.graph.nodes if "tensor_meta" in n.meta]
-    for node in nodes:
+    for node in graph.graph.nodes:
+        if shape_of(node) is None:
+            continue
         analysis.facts[node] = _forward(node, analysis)
         if str(node.target) in zeroed and node.op == "call_module":
             analysis.facts[node].state.fill_(ZERO)
             analysis.facts[node].value.zero_()
     for node in reversed(list(graph.graph.nodes)):
         _backward(node, analysis)
-    _layouts(nodes, analysis, residual)
+    _layouts(analysis, residual)
     return analysis
+
+
+def shape_of(node: fx.Node) -> torch.Size | None:
+    """Shape of the tensor that a node returns, None if it returns anything else."""
+    return None if node.op == "output" else getattr(node.meta.get("tensor_meta"), "shape", None)
 
 
 def _measure_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
@@ -201,7 +207,7 @@ def _module_kind(module: nn.Module, node: fx.Node, graph: fx.GraphModule) -> str
 def _function_kind(node: fx.Node) -> str:
     """Kind of a function or method call; sizes and shapes are walls like all that is unknown."""
     if node.target in ADDITIONS:
-        shapes = {n.meta["tensor_meta"].shape for n in node.all_input_nodes}
+        shapes = {shape_of(n) for n in node.all_input_nodes}
         return (
             "add"
             if len(node.args) == 2 == len(node.all_input_nodes) and len(shapes) == 1
@@ -224,7 +230,7 @@ def _function_kind(node: fx.Node) -> str:
 
 def _forward(node: fx.Node, analysis: Analysis) -> Facts:
     """State of each output channel of a node from the states of its inputs."""
-    kind, shape = analysis.kinds[node], node.meta["tensor_meta"].shape
+    kind, shape = analysis.kinds[node], shape_of(node)
     inputs = [analysis.facts[n] for n in node.all_input_nodes if n in analysis.facts]
     if kind in ("placeholder", "wall"):
         return _facts(torch.full((shape[1] if len(shape) > 1 else 1,), LIVE))
@@ -247,7 +253,7 @@ def _forward(node: fx.Node, analysis: Analysis) -> Facts:
                 state[state == CONSTANT] = LIVE
             return _facts(state.clone(), x.value.clone(), x.columns)
         case "flatten":
-            columns = math.prod(node.all_input_nodes[0].meta["tensor_meta"].shape[2:])
+            columns = math.prod(shape_of(node.all_input_nodes[0])[2:])
             return _facts(x.state.clone(), x.value.clone(), x.columns * columns)
         case "add":
             y = inputs[-1]
@@ -279,7 +285,7 @@ def _apply(node: fx.Node, analysis: Analysis, value: Tensor) -> Tensor:
 
 
 def _forward_weights(module: nn.Module, x: Facts, kind: str) -> Facts:
-    """Convolution or linear: zero if nothing but zero comes in, constant if it is one everywhere."""
+    """Convolution or linear: zero if only zeros come in, constant if it is one everywhere."""
     weight = module.weight.detach().double().cpu()
     bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach()
     if kind == "depthwise":
@@ -338,7 +344,8 @@ def _backward(node: fx.Node, analysis: Analysis) -> None:
         return
     if kind == "placeholder":
         return
-    needed = analysis.facts[node].needed
+    facts = analysis.facts[node]
+    needed = facts.needed & (facts.state != ZERO)  # what is zero anyway needs no input
     match kind:
         case "conv" | "linear":
             weight = analysis.module(node).weight.detach()
@@ -357,8 +364,9 @@ def _backward(node: fx.Node, analysis: Analysis) -> None:
 # --- layouts: which tensors hold the same channels ------------------------------------------
 
 
-def _layouts(nodes: list[fx.Node], analysis: Analysis, residual: str) -> None:
+def _layouts(analysis: Analysis, residual: str) -> None:
     """Join tensors that must hold the same channels; find the branch ends that may hold fewer."""
+    nodes = list(analysis.facts)
     parent = {node: node for node in nodes}
 
     def find(node: fx.Node) -> fx.Node:
@@ -366,25 +374,22 @@ def _layouts(nodes: list[fx.Node], analysis: Analysis, residual: str) -> None:
             node = parent[node]
         return node
 
-    numbers = {node: number for number, node in enumerate(nodes)}
-    pinned = []
-    for node in nodes:
+    pinned: list[fx.Node] = []
+    for node in analysis.graph.graph.nodes:
         kind = analysis.kinds[node]
-        if kind in ("placeholder", "wall"):
-            pinned += [node, *(n for n in node.all_input_nodes if n in parent)]
+        inputs = [n for n in node.all_input_nodes if n in parent]
+        if kind in ("placeholder", "wall", "output"):
+            pinned += [n for n in (node, *inputs) if n in parent]
             if kind == "wall":
                 analysis.walls.append(f"{node.target} ({node.name})")
-            continue
-        if kind in ("conv", "linear", "map"):
-            continue
-        for x in node.all_input_nodes:
-            if kind == "add" and residual == "scatter" and _ends_branch(x, analysis):
-                analysis.scatters.add(x)
-            else:
-                parent[find(x)] = find(node)
-    for node in analysis.graph.graph.nodes:
-        if node.op == "output":
-            pinned += [n for n in node.all_input_nodes if n in parent]
+        elif kind not in ("conv", "linear", "map"):
+            for x in inputs:
+                may_end = residual == "scatter" or not analysis.facts[x].kept.any()
+                if kind == "add" and may_end and _ends_branch(x, analysis):
+                    analysis.scatters.add(x)
+                else:
+                    parent[find(x)] = find(node)
+    numbers = {node: number for number, node in enumerate(nodes)}
     for node in nodes:
         analysis.facts[node].layout = numbers[find(node)]
     analysis.pinned = {analysis.facts[node].layout for node in pinned}
