@@ -1,0 +1,544 @@
+"""Image sets as whole tensors: train and val in memory, test opened on first use.
+
+Sources: ``digits`` (embedded), ``toy_images`` (drawn from a seed), ``cifar10`` and ``image_folder``
+(decoded once into a checksummed cache). ``augment`` and ``normalise`` treat a whole batch at once.
+No data loader and no worker process: a batch is ``split.images[indices]``. First: ``ImageSet``.
+"""
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CIFAR10_MEAN = (0.4914, 0.4824, 0.4467)
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images (n, c, h, w) as uint8 and labels (n,) as int64, on one device."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same split with both tensors on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def take(self, indices: Tensor) -> "Split":
+        """The images and labels at ``indices``, copied."""
+        return Split(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """A classification set; ``mean`` and ``std`` are per channel, for pixels in [0, 1].
+
+    ``val`` is carved from the training images by seed; nothing in ``test`` is looked at for it.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    val: Split
+    load_test: Callable[[], Split]
+
+    @cached_property
+    def test(self) -> Split:
+        """The test split. Its images are read the first time that this is asked for."""
+        return self.load_test()
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.train.images.shape[1:]
+        return channels, height, width
+
+
+def digits(seed: int = 0, val: int = 180) -> ImageSet:
+    """Scikit-learn's 1,797 handwritten digits, enlarged from 1x8x8 to 3x32x32; needs no network.
+
+    The 360 test images are the same for every seed.
+    """
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    small = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
+    large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    images = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    whole = Split(images, torch.from_numpy(source.target).long())
+    others, held = carve(whole.labels, 360, seed=0)
+    names = tuple(str(name) for name in source.target_names)
+    return _image_set("digits", names, whole.take(others), partial(whole.take, held), seed, val)
+
+
+def toy_images(
+    train: int = 128,
+    val: int = 32,
+    test: int = 32,
+    num_classes: int = 4,
+    image_shape: tuple[int, int, int] = (3, 16, 16),
+    noise: float = 0.1,
+    seed: int = 0,
+) -> ImageSet:
+    """Images drawn from ``seed``: one smooth mirror-symmetric pattern per class, plus noise.
+
+    ``noise`` is the standard deviation for pixels in [0, 1]. Class sizes differ by one at most.
+    """
+    channels, height, width = image_shape
+    streams = [torch.Generator().manual_seed(4 * seed + stream) for stream in range(4)]
+    coarse = torch.rand(num_classes, channels, 4, 4, generator=streams[0])
+    smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+    patterns = (smooth + smooth.flip(-1)) / 2
+
+    def draw(count: int, generator: torch.Generator) -> Split:
+        labels = torch.arange(count) % num_classes
+        noisy = torch.normal(patterns[labels], noise, generator=generator)
+        return Split((noisy * 255).round().clamp(0, 255).to(torch.uint8), labels)
+
+    shown = draw(train, streams[1])
+    names = tuple(f"pattern {label}" for label in range(num_classes))
+    load_test = partial(draw, test, streams[3])
+    stats = channel_statistics(shown.images)
+    return ImageSet("toy", names, *stats, shown, draw(val, streams[2]), load_test)
+
+
+def cifar10(
+    root: Path | str | None = None,
+    *,
+    download: bool = False,
+    seed: int = 0,
+    val: int = 5000,
+    cache: Path | str | None = None,
+) -> ImageSet:
+    """CIFAR-10 from ``train/<class>/*`` and ``test/<class>/*``, or from torchvision's archive.
+
+    ``root`` defaults to the environment variable DNAL_DATA. With ``download`` torchvision fetches
+    and verifies the archive if ``root`` has no folder ``train``. ``cache``: see ``image_folder``.
+    ``mean`` and ``std`` are the customary constants.
+
+    Raises:
+        ValueError: no usable data in ``root``, or anything else that ``image_folder`` refuses.
+    """
+    constants = (CIFAR10_MEAN, CIFAR10_STD)
+    path = _data_root(root)
+    if not (path / "train").is_dir():
+        whole, load_test, names = _cifar10_archive(path, download)
+        return _image_set("cifar10", names, whole, load_test, seed, val, constants)
+    names = _class_names(path)
+    if len(names) != 10:
+        raise ValueError(f"{path}: got {len(names)} classes; need CIFAR-10's 10; use image_folder")
+    load = partial(_load_split, path, names, (32, 32), False, _cache_folders(path, cache))
+    return _image_set("cifar10", names, load("train"), partial(load, "test"), seed, val, constants)
+
+
+def image_folder(
+    root: Path | str | None = None,
+    image_size: tuple[int, int] | None = None,
+    *,
+    seed: int = 0,
+    val: int | None = None,
+    cache: Path | str | None = None,
+) -> ImageSet:
+    """Any set in the layout ``train/<class>/*``, ``test/<class>/*``; pixels become 8-bit RGB.
+
+    ``root`` defaults to the environment variable DNAL_DATA. ``image_size`` (height, width) resizes
+    each image, bilinear, aspect not kept; without it all images must have one size. ``val`` is by
+    default a tenth of the training images.
+
+    Decoded images are kept in ``.dnal_cache`` inside ``root``, or in the user's cache folder where
+    ``root`` is read-only or in a git checkout, or in the folder ``cache``. They are decoded again
+    when a file's name or size (in bytes) has changed; a change that keeps both goes unnoticed.
+
+    Raises:
+        ValueError: folder missing or empty, a class missing in test, an image that cannot be read,
+            a cache that is damaged, no place to write one.
+    """
+    path = _data_root(root)
+    names = _class_names(path)
+    resize, caches = image_size is not None, _cache_folders(path, cache)
+    height, width = image_size or _image_size(_image_files(path / "train" / names[0])[0])
+    load = partial(_load_split, path, names, (height, width), resize, caches)
+    whole = load("train")
+    count = max(1, len(whole) // 10) if val is None else val
+    return _image_set(path.resolve().name, names, whole, partial(load, "test"), seed, count)
+
+
+def carve(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices that stay and ``count`` indices drawn by ``seed``, both ascending.
+
+    Each class gives its proportional share, to within one image, and keeps at least one image;
+    what classes of one image cannot give, the others do.
+
+    Raises:
+        ValueError: ``count`` is below 1 or would empty a class.
+    """
+    sizes = torch.bincount(labels)
+    most = int((sizes - 1).clamp(min=0).sum())
+    if not 1 <= count <= most:
+        raise ValueError(
+            f"got val={count}; need 1 to {most}, so that each class keeps one of the {len(labels)}"
+            " training images; change val"
+        )
+    shares = sizes * count // len(labels)
+    while missing := count - int(shares.sum()):
+        lag = sizes * count - shares * len(labels)  # times 1 / len(labels): images still owed
+        lag[shares + 1 >= sizes] = torch.iinfo(lag.dtype).min
+        order = torch.argsort(lag, descending=True, stable=True)[:missing]
+        shares[order] += (shares + 1 < sizes)[order]
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label, share in enumerate(shares.tolist()):
+        members = torch.nonzero(labels == label).flatten()
+        drawn[members[torch.randperm(len(members), generator=generator)[:share]]] = True
+    return torch.nonzero(~drawn).flatten(), torch.nonzero(drawn).flatten()
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 images, for pixels in [0, 1].
+
+    The deviation is at least one grey level (1/255), so that a constant channel can be normalised.
+    """
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)])
+    shares = counts / counts.sum(1, keepdim=True, dtype=torch.float64)
+    mean = shares @ levels
+    variance = (shares * (levels - mean[:, None]) ** 2).sum(1)
+    return tuple(mean.tolist()), tuple(variance.sqrt().clamp(min=1 / 255).tolist())
+
+
+def augment(images: Tensor, generator: torch.Generator, pad: int = 4, flip: bool = True) -> Tensor:
+    """Each image (n, c, h, w) shifted by up to ``pad`` pixels, and mirrored with probability 1/2.
+
+    The shift is a random crop of the image in a border of ``pad`` zeros, so it belongs before
+    ``normalise``. The generator may live on the CPU (same draws for every device) or with the
+    images; neither makes the host wait for the device.
+    """
+    n, _, height, width = images.shape
+    draw = partial(torch.randint, generator=generator, device=generator.device)
+    draws = torch.cat((draw(2 * pad + 1, (2, n)), draw(2, (1, n))))
+    down, right, mirrored = _moved(draws, images.device)
+    if flip:
+        images = torch.where(mirrored.bool()[:, None, None, None], images.flip(-1), images)
+    if pad == 0:
+        return images
+    windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(n, device=images.device), :, down, right]
+
+
+def normalise(
+    images: Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``(images / 255 - mean) / std`` per channel; uint8 (n, c, h, w) to ``dtype``.
+
+    Computed in float32 or better, and rounded once to ``dtype``.
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    spread = torch.tensor([mean, std], dtype=torch.float64)
+    factors = torch.stack((1 / (255 * spread[1]), -spread[0] / spread[1]))
+    scale, shift = _moved(factors.to(exact), images.device)[:, :, None, None]
+    return images.to(exact).mul_(scale).add_(shift).to(dtype)
+
+
+def fix_torchvision() -> None:
+    """Make ``import torchvision`` work where its compiled library cannot be loaded.
+
+    The package index pairs a CPU-only torch with a torchvision built for CUDA. Its import then
+    stops at operators that only its library declares. Here that library is loaded exactly as
+    torchvision would load it; if (and only if) this fails, the operators are declared, without code
+    behind them. Never imports torchvision; may be called any number of times.
+    """
+    if "torchvision" in sys.modules or hasattr(torch.ops.torchvision, "nms"):
+        return
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None or os.name == "nt":  # Windows' index pairs CPU with CPU
+        return
+    kinds = (importlib.machinery.ExtensionFileLoader, importlib.machinery.EXTENSION_SUFFIXES)
+    library = importlib.machinery.FileFinder(str(Path(spec.origin).parent), kinds).find_spec("_C")
+    try:
+        if library is not None and library.origin is not None:
+            torch.ops.load_library(library.origin)
+            return
+    except OSError:
+        pass  # this is the broken pair: a library that torch needs for it is not there
+    for name in ("nms", "qnms"):
+        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define(f"torchvision::{name}", schema)
+
+
+def _image_set(
+    name: str,
+    classes: tuple[str, ...],
+    whole: Split,
+    load_test: Callable[[], Split],
+    seed: int,
+    val: int,
+    stats: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+) -> ImageSet:
+    kept, drawn = carve(whole.labels, val, seed)
+    train = whole.take(kept)
+    mean, std = stats or channel_statistics(train.images)
+    return ImageSet(name, classes, mean, std, train, whole.take(drawn), load_test)
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; from pinned memory to a GPU, so that the host does not wait."""
+    if values.device.type == "cpu" and device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def _line(error: BaseException) -> str:
+    """First line of an error's text, or its type."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _cifar10_archive(
+    root: Path, download: bool
+) -> tuple[Split, Callable[[], Split], tuple[str, ...]]:
+    """Training images, a function that reads the test images, class names."""
+    fix_torchvision()
+    try:
+        from torchvision.datasets import CIFAR10
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{root}: got no folder train; need it, or torchvision for the CIFAR-10 archive;"
+            " pass another root, or pip install torchvision"
+        ) from error
+
+    def load(train: bool) -> tuple[Split, tuple[str, ...]]:
+        try:
+            found = CIFAR10(str(root), train=train, download=download and train)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{root}: got {_line(error)}; need train/<class>/ and test/<class>/, or the"
+                " CIFAR-10 archive; pass another root, or download=True"
+            ) from error
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        return Split(images, torch.tensor(found.targets)), tuple(found.classes)
+
+    whole, names = load(train=True)
+    return whole, lambda: load(train=False)[0], names
+
+
+def _data_root(root: Path | str | None) -> Path:
+    path = root or os.environ.get("DNAL_DATA")
+    if path is None or path == "":
+        raise ValueError("got no data folder; need one; pass root, or set DNAL_DATA")
+    return Path(path).expanduser()
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Sorted names in a folder, hidden ones left out."""
+    try:
+        return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    except OSError as error:
+        raise ValueError(
+            f"{folder}: got {error.strerror}; need a readable folder with images in"
+            " train/<class>/ and test/<class>/; check the path"
+        ) from error
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Image files of one class by name, at least one."""
+    files = [folder / name for name in _names_in(folder) if Path(name).suffix.lower() in SUFFIXES]
+    if not files:
+        raise ValueError(
+            f"{folder}: got no images; need at least one ({', '.join(sorted(SUFFIXES))});"
+            " add images, or remove the folder from train and test"
+        )
+    return files
+
+
+def _class_names(root: Path) -> tuple[str, ...]:
+    """Class folders of train, sorted; test must have the same, none empty. Opens no image."""
+    train, test = (
+        [name for name in _names_in(root / split) if (root / split / name).is_dir()]
+        for split in ("train", "test")
+    )
+    if not train:
+        raise ValueError(f"{root / 'train'}: got no class folders; need train/<class>/; add them")
+    for there, here, split in ((train, test, "test"), (test, train, "train")):
+        absent = ", ".join(sorted(set(there) - set(here)))
+        if absent:
+            raise ValueError(
+                f"{root / split}: got no class folder {absent}; need the same classes in train and"
+                " test; add it, or remove it from the other"
+            )
+    for name in test:
+        _image_files(root / "test" / name)
+    return tuple(train)
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    """Height and width of an image."""
+    height, width = _read_image(path, None).shape[1:]
+    return height, width
+
+
+def _read_image(path: Path, size: tuple[int, int] | None, resize: bool = False) -> np.ndarray:
+    """One image as uint8 (3, height, width); other sizes than ``size`` are resized or refused."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"{image.mode} pixels, which do not fit in 8 bits")
+            pixels = image.convert("RGB")
+            if size is not None and pixels.size != size[::-1]:
+                if not resize:
+                    raise ValueError(f"{pixels.height}x{pixels.width} pixels")
+                pixels = pixels.resize(size[::-1], Image.Resampling.BILINEAR)
+            return np.asarray(pixels).transpose(2, 0, 1)
+    except Exception as error:  # a damaged file can raise nearly anything in a decoder
+        wanted = f"{size[0]}x{size[1]} pixels" if size else "pixels"
+        raise ValueError(
+            f"{path}: got {_line(error)}; need an image of {wanted}, 8 bits per channel; replace"
+            " or remove it (image_folder(image_size=...) resizes)"
+        ) from error
+
+
+def _decode(files: list[Path], size: tuple[int, int], resize: bool) -> np.ndarray:
+    """All files as uint8 (n, 3, height, width), read by threads."""
+    images = np.empty((len(files), 3, *size), np.uint8)
+
+    def decode(start: int) -> None:
+        for index in range(start, min(start + 256, len(files))):
+            images[index] = _read_image(files[index], size, resize)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(decode, range(0, len(files), 256)))
+    return images
+
+
+def _load_split(
+    root: Path,
+    classes: tuple[str, ...],
+    size: tuple[int, int],
+    resize: bool,
+    caches: tuple[Path, ...],
+    split: str,
+) -> Split:
+    """Images and labels of one split from the first cache that has them, or decoded and cached."""
+    files = [_image_files(root / split / name) for name in classes]
+    labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(f) for f in files]))
+    flat = [path for of_class in files for path in of_class]
+    listing = "".join(f"{f.parent.name}/{f.name} {f.stat().st_size}\n" for f in flat)
+    source = hashlib.sha256(listing.encode()).hexdigest()
+    kind = f"{split}-{size[0]}x{size[1]}-{'resized' if resize else 'native'}"
+    for folder in caches:
+        images = _read_cache(folder / f"{kind}-{source[:16]}.npy", source)
+        if images is not None:
+            return Split(images, labels)
+    writable = next(filter(_is_writable, caches), None)
+    if writable is None:
+        raise ValueError(
+            f"{caches[-1]}: got no write permission; need a place for decoded images;"
+            " pass another folder as cache"
+        )
+    decoded = _decode(flat, size, resize)
+    _write_cache(writable, kind, source, decoded)
+    return Split(torch.from_numpy(decoded), labels)
+
+
+def _cache_folders(root: Path, cache: Path | str | None) -> tuple[Path, ...]:
+    """Where a cache of ``root`` may be, the preferred place first; never in a git checkout."""
+    here = root.resolve()
+    private = f"{here.name}-{hashlib.sha256(str(here).encode()).hexdigest()[:12]}"
+    if cache is not None:
+        return (Path(cache).expanduser() / private,)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+    in_checkout = any((folder / ".git").exists() for folder in (here, *here.parents))
+    beside = () if in_checkout else (here / ".dnal_cache",)
+    return (*beside, home / "dnal_mini" / private)
+
+
+def _is_writable(folder: Path) -> bool:
+    """True if files can be made in ``folder``, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_cache(path: Path, source: str) -> Tensor | None:
+    """Cached images of ``source``, None if there are none.
+
+    Raises:
+        ValueError: the cache is not what was written.
+    """
+    note = path.with_suffix(".json")
+    if not (path.exists() and note.exists()):
+        return None
+    try:
+        record = json.loads(note.read_text())
+        wanted, found = (record["source_sha256"], record["images_sha256"]), (source, _sha256(path))
+        if wanted == found:
+            return torch.from_numpy(np.load(path, allow_pickle=False))
+        reason = f"sha256 {found[1][:12]}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = _line(error)
+    raise ValueError(
+        f"{path}: got a damaged cache ({reason}); need the file as it was written, with its .json;"
+        " delete it, and the images are decoded again"
+    )
+
+
+def _write_cache(folder: Path, kind: str, source: str, images: np.ndarray) -> None:
+    """Images, then checksums, each renamed into place when complete; old ones are removed."""
+    path = folder / f"{kind}-{source[:16]}.npy"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _replace(path, partial(np.save, arr=images, allow_pickle=False))
+        record = {"source_sha256": source, "images_sha256": _sha256(path), "count": len(images)}
+        note = json.dumps(record, indent=1).encode()
+        _replace(path.with_suffix(".json"), lambda file: file.write(note))
+        for old in folder.glob(f"{kind}-*"):
+            if old.stem != path.stem:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: got {error.strerror}; need {images.nbytes} bytes for the decoded images;"
+            " make room, or pass another folder as cache"
+        ) from error
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then rename it to ``path``."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            write(file)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
