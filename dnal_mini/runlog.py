@@ -399,10 +399,12 @@ EPOCH_FIELDS = (  # title, field, format
 
 
 def epoch_line(row: Row) -> str:
-    """One epoch on one line: stage, epoch, and each figure that the row has."""
+    """One epoch on one line: stage, epoch, and those of the chief figures that the row has."""
     parts = [f"{row['stage']} {row['epoch']}/{row['epochs']}"]
     parts += [
-        f"{title} {shown(row[field], form)}" for title, field, form in EPOCH_FIELDS if field in row
+        f"{title} {shown(row[field], form)}"
+        for title, field, form in EPOCH_FIELDS
+        if field in row and title in ("delta", "loss", "val", "kept", "seconds")
     ]
     return "  ".join(parts)
 

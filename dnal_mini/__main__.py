@@ -1,0 +1,311 @@
+"""The ``dnal`` command: start a run, resume it, print its results. ``main`` is the one to read.
+
+A mistake of the user's ends in one line on stderr and exit code 2. Progress bars live here, not in
+the library.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
+
+from dnal_mini import __version__, runlog
+
+if TYPE_CHECKING:
+    from dnal_mini.search import SearchConfig
+
+USAGE = """\
+usage: dnal run [RECIPE] [--field value ...] [--out DIR]
+       dnal resume DIR
+       dnal report DIR|FILE ... [--epochs] [--markdown]
+       dnal recipes
+
+run      Train, learn the width, cut, fine-tune; the default recipe is digits (minutes on two
+         cores). "dnal run --help" lists every field, "dnal run RECIPE --help" with its values.
+resume   Go on with an interrupted run at its last finished epoch.
+report   The results of one run, or a table of several. --epochs: one line per epoch.
+recipes  The recipes, one line each.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
+    words = sys.argv[1:] if argv is None else argv
+    commands = {"run": _run, "resume": _resume, "report": _report, "recipes": _recipes}
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            if not words or words[0] in ("-h", "--help"):
+                print(USAGE, end="")
+            elif words[0] == "--version":
+                print(f"dnal_mini {__version__}")
+            else:
+                commands[_known(words[0], commands, "command")](words[1:])
+        except BrokenPipeError:  # the reader, e.g. head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (ValueError, OSError) as error:
+            line = _one_line(error)
+            if line is None:
+                raise
+            print(f"dnal: {line}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            print(f"dnal: {str(stop) or 'interrupted'}", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _one_line(error: ValueError | OSError) -> str | None:
+    """The error as one line of got, need, do; None if it is no message for a user."""
+    text = " ".join(str(error).split())
+    if "got " in text and ";" in text:
+        return text
+    if isinstance(error, PermissionError):
+        return f"got no permission for {error.filename}; need access to it; do choose another path"
+    if isinstance(error, OSError):
+        what = f"{error.strerror}: {error.filename}" if error.filename else text
+        return f"got {what}; need a readable input and a writable folder; do check the paths"
+    return None
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning of the library on one line, without the place in its code."""
+    print(f"dnal: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+# Commands ---------------------------------------------------------------------------------------
+
+
+def _run(words: list[str]) -> None:
+    """The recipe with its overrides, in a folder that its settings name unless --out does."""
+    from dnal_mini.recipes import RECIPES
+
+    bare = bool(words) and not words[0].startswith("-")
+    name = words[0] if bare else "digits"
+    config = RECIPES[_known(name, RECIPES, "recipe")]()
+    if "-h" in words or "--help" in words:
+        _print_fields(config)
+        return
+    overrides = _overrides(words[1:] if bare else words, config)
+    out = overrides.pop("out", None)
+    config = dataclasses.replace(config, **overrides)
+    _search(config, Path(out) if out else Path("runs") / f"{config.name}-{_hash(config)}")
+
+
+def _resume(words: list[str]) -> None:
+    """Continue the run in the folder with its own settings; a finished one prints its results."""
+    from dnal_mini.search import SearchConfig
+
+    paths, _ = _paths_and_switches(words, ())
+    if len(paths) != 1 or not paths[0].is_dir():
+        got = " ".join(words) or "no folder"
+        raise ValueError(f"got {got}; need the one folder of a run; do look at what dnal run said")
+    if runlog.summary(paths[0])["finished"]:
+        print(runlog.final_table(paths[0]))
+        return
+    types = get_type_hints(SearchConfig)
+    settings = {
+        _known(name, types, "field"): _typed(name, value, types[name])
+        for name, value in _settings(paths[0] / "config.json").items()
+    }
+    _search(SearchConfig(**settings), paths[0])
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings in a run's folder; the record's do not tell where the data lies."""
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"got {path} ({error}); need a run's settings; do start it anew") from None
+
+
+def _report(words: list[str]) -> None:
+    """Results of one run, or of several in one table."""
+    paths, switches = _paths_and_switches(words, ("--epochs", "--markdown"))
+    if not paths:
+        raise ValueError("got no run to report; need its folder or record; do name one or more")
+    records = [runlog.read(path) for path in paths]
+    markdown = "--markdown" in switches
+    if "--epochs" in switches:
+        for path, rows in zip(paths, records, strict=True):
+            print(f"{path}\n\n{runlog.epochs_table(rows, markdown)}\n")
+    if len(records) == 1:
+        print(runlog.final_table(records[0], markdown))
+    else:
+        print(runlog.results_table(records, markdown))
+
+
+def _recipes(words: list[str]) -> None:
+    """Name, model, epochs of the three stages, and the first line of each recipe."""
+    from dnal_mini.recipes import RECIPES
+
+    _paths_and_switches(words, ())
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        epochs = (config.weight_epochs, config.arch_epochs, config.fine_tune_epochs)
+        about = (recipe.__doc__ or "").strip().splitlines()[0]
+        print(f"{name:<20} {config.model:<12} {'+'.join(map(str, epochs))} epochs\n    {about}")
+    print("\nepochs: weight stage + architecture stage + fine-tuning")
+
+
+# Running ----------------------------------------------------------------------------------------
+
+
+def _search(config: "SearchConfig", out: Path) -> None:
+    """Run or resume in ``out`` with a live display, then print the final table."""
+    from dnal_mini import search
+
+    display = Display(sys.stderr, f"{config.name}: the run is kept in {out}")
+    try:
+        search.run(config, out, progress=display.progress, on_row=display.show)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_continue(out)) from None
+    print(runlog.final_table(out))
+
+
+def _how_to_continue(out: Path) -> str:
+    """How far the record in the folder has come, and the command that goes on."""
+    try:
+        rows = runlog.read(out)
+    except OSError:
+        return "interrupted before anything was written; start again with: dnal run"
+    last = runlog.epochs(rows)[-1:]
+    place = f"after {last[0]['stage']} epoch {last[0]['epoch']}" if last else "in the first epoch"
+    return f"interrupted {place}; continue with: dnal resume {shlex.quote(str(out))}"
+
+
+class Display:
+    """What a run shows while it goes on: a line per epoch and, in a terminal, a bar of batches."""
+
+    def __init__(self, stream: TextIO, title: str) -> None:
+        from tqdm import tqdm
+
+        self.stream, self.title, self.tqdm, self.latest = stream, title, tqdm, ""
+
+    def progress(self, batches: Iterable, description: str) -> Iterable:
+        """The batches under a bar, with the figures of the epoch before."""
+        if not self.stream.isatty():
+            return batches
+        return self.tqdm(
+            batches,
+            description,
+            file=self.stream,
+            leave=False,
+            postfix=self.latest,
+            dynamic_ncols=True,
+            bar_format="{desc} {bar} {remaining}{postfix}",
+        )
+
+    def show(self, row: runlog.Row) -> None:
+        """Print the title, an epoch or a warning above the bar."""
+        match row["kind"]:
+            case "run" | "resume":
+                line = self.title
+            case "epoch":
+                line = runlog.epoch_line(row)
+                self.latest = "  ".join(line.split("  ")[1:-1])  # without stage and seconds
+            case "warning":
+                line = f"WARNING, {row['stage']} epoch {row['epoch']}: {row['text']}"
+            case _:
+                return
+        self.tqdm.write(line, file=self.stream)
+
+
+# Words to settings ------------------------------------------------------------------------------
+
+
+def _overrides(words: list[str], config: "SearchConfig") -> dict[str, Any]:
+    """``--field value`` pairs as a dict of typed values; "out" may be among them."""
+    types = get_type_hints(type(config))
+    names = [field.name for field in dataclasses.fields(config)] + ["out"]
+    rest, values = list(words), {}
+    while rest:
+        flag, equals, text = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise ValueError(f"got {flag!r} alone; need --field value; do put the recipe first")
+        name = _known(flag[2:].replace("-", "_"), names, "field")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
+            text = rest.pop(0)
+        values[name] = text if name == "out" else _typed(flag, text, types[name])
+    return values
+
+
+def _typed(flag: str, value: Any, kind: Any) -> Any:
+    """The value as one of the annotation, read by tyro."""
+    import tyro
+
+    values = value if isinstance(value, list) else [value]
+    words = [str(word).capitalize() if kind is bool else str(word) for word in values]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro's box, said in one line below
+            return tyro.cli(kind, args=words, console_outputs=False)
+    except SystemExit:
+        choices = (True, False) if kind is bool else getattr(kind, "__args__", (kind,))
+        need = " or ".join(str(getattr(choice, "__name__", choice)) for choice in choices)
+        got = " ".join(repr(word) for word in values)
+        raise ValueError(f"got {flag} {got}; need {need}; do see dnal run --help") from None
+
+
+def _paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[list[Path], set[str]]:
+    """Folders and files, and which of the command's switches are among the words."""
+    paths = [Path(word) for word in words if not word.startswith("-")]
+    flags = [word for word in words if word.startswith("-")]
+    return paths, {_known(flag, switches, "option") for flag in flags}
+
+
+def _hash(config: "SearchConfig") -> str:
+    """Six digits that differ between runs of one recipe with other settings."""
+    from dnal_mini.search import PATHS
+
+    settings = dataclasses.asdict(config)
+    text = json.dumps({name: settings[name] for name in sorted({*settings} - {*PATHS})})
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
+
+
+def _print_fields(config: "SearchConfig") -> None:
+    """tyro's help page: every field with its values and what it is for."""
+    import tyro
+
+    def run(recipe: tyro.conf.Positional[str], config: Any, out: str) -> None:
+        """Train, learn the width, cut, fine-tune. Progress goes to stderr, results to stdout.
+
+        Args:
+            recipe: See dnal recipes.
+            config: Fields of the recipe.
+            out: Folder of the run; without it one is named in runs/.
+        """
+
+    run.__annotations__["config"] = type(config)
+    run.__defaults__ = (config.name, config, "")
+    quiet = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
+    with contextlib.suppress(SystemExit):
+        tyro.cli(run, args=["--help"], prog="dnal run", config=quiet)
+
+
+def _known(word: str, names: Iterable[str], what: str) -> str:
+    """The word, if it is one of the names.
+
+    Raises: ValueError with the nearest name.
+    """
+    names = list(names)
+    if word in names:
+        return word
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    need = near[0] if near else f"one of {', '.join(names)}"
+    help_ = {"field": "dnal run --help", "recipe": "dnal recipes"}.get(what, "dnal --help")
+    raise ValueError(f"got {what} {word!r}; need {need}; do see {help_}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,370 @@
+"""The command: what it passes on, what it prints, and one line for every mistake."""
+
+import dataclasses
+import io
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dnal_mini import runlog, search
+from dnal_mini.__main__ import Display, main
+from dnal_mini.recipes import RECIPES
+from dnal_mini.search import SearchConfig
+
+RESULT = {
+    "dense_accuracy": 0.9777,
+    "pruned_accuracy": 0.9554,
+    "fine_tuned_accuracy": 0.9722,
+    "params": [940_000, 117_500],
+    "macs": [20_000_000, 5_000_000],
+}
+
+
+class Recorder:
+    """Stands in for the search: keeps what it was given, writes a record, ends as it is told."""
+
+    def __init__(self, end: BaseException | None = None, finished: bool = True) -> None:
+        self.end, self.finished, self.calls = end, finished, []
+
+    def __call__(self, config: SearchConfig, out: Path, progress: Callable, on_row: Callable):
+        self.calls.append((config, Path(out)))
+        Path(out).mkdir(parents=True, exist_ok=True)
+        (Path(out) / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        log = runlog.RunLog(Path(out) / runlog.FILE_NAME)
+        on_row(log.append("run", format=1, config=config))
+        for epoch in (1, 2):
+            for _ in progress(range(3), f"weight_stage {epoch}/2"):
+                pass
+            row = {"epoch": epoch, "epochs": 2, "loss": 1.5, "val_accuracy": 0.25 * epoch}
+            on_row(log.append("epoch", stage="weight_stage", seconds=0.5, **row))
+        text = "layer 7: 2 of 64 channels open"
+        on_row(log.append("warning", stage="weight_stage", epoch=2, text=text))
+        if self.end:
+            raise self.end
+        if self.finished:
+            on_row(log.append("result", **RESULT))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to stand in, so that nothing half-written can hide."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def ran(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """The search replaced by a recorder, in an empty folder."""
+    recorder = Recorder()
+    monkeypatch.setattr(search, "run", recorder)
+    return recorder
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line that the command refuses the words with."""
+    assert main(list(words)) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
+    assert len(lines) == 1, output.err
+    assert lines[0].startswith("dnal: ")
+    assert "got " in lines[0]
+    assert "; need " in lines[0]
+    return lines[0]
+
+
+# Bad input --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("rnu", ["'rnu'", "need run"]),
+        ("run digts", ["'digts'", "need digits"]),
+        ("run xxxxxxxx", ["need one of", "cifar10_cpu"]),
+        ("run --weigth-epochs 3", ["'weigth_epochs'", "need weight_epochs"]),
+        ("run --weight-epochs many", ["--weight-epochs 'many'", "need int"]),
+        ("run --weight-epochs 1.5", ["--weight-epochs '1.5'", "need int"]),
+        ("run --gate-price cheap", ["--gate-price 'cheap'", "need float"]),
+        ("run --model vgg61", ["--model 'vgg61'", "vgg16 or resnet56"]),
+        ("run --baseline maybe", ["--baseline 'maybe'", "need True or False"]),
+        ("run --seed", ["--seed alone"]),
+        ("run --seed --width 1", ["--seed alone"]),
+        ("run --seed 3 digits", ["'digits' alone", "recipe first"]),
+        ("run -seed 3", ["'-seed'"]),
+        ("run --weight-epochs 0", ["weight_epochs", "0"]),
+        ("run --arch-epochs -3", ["arch_epochs", "-3"]),
+        ("run --fine-tune-epochs -1", ["fine_tune_epochs", "-1"]),
+        ("run --gate-price -0.1", ["gate_price", "-0.1"]),
+        ("run --gate-price nan", ["gate_price", "nan"]),
+        ("run --delta-max 0.5", ["delta_max", "0.5"]),
+        ("run --data cifar10 --data-dir nowhere", ["nowhere"]),
+        ("run --device cuda:977", ["cuda:977"]),
+        ("run --device nonsense", ["nonsense"]),
+        ("resume", ["no folder"]),
+        ("resume nowhere", ["nowhere"]),
+        ("resume a b", ["a b"]),
+        ("resume . --out b", ["--out"]),
+        ("resume .", ["no run record"]),
+        ("report", ["no run"]),
+        ("report nowhere", ["no run record at nowhere"]),
+        ("report . --epoch", ["'--epoch'", "need --epochs"]),
+        ("recipes --all", ["'--all'"]),
+    ],
+)
+def test_a_mistake_gets_one_line_and_leaves_nothing_behind(
+    words: str, parts: list[str], folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    line = refusal(capsys, *words.split())
+    assert all(part in line for part in parts), line
+    assert list(folder.iterdir()) == []
+
+
+def test_an_empty_data_folder_is_told_before_anything_is_written(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    (folder / "images").mkdir()
+    line = refusal(capsys, "run", "--data", "cifar10", "--data-dir", "images")
+    assert "images" in line
+    assert [path.name for path in folder.rglob("*")] == ["images"]
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    (folder / "taken").write_text("a letter")
+    for words in (["run", "--data", "toy", "--out", "taken"], ["resume", "taken"]):
+        assert "taken" in refusal(capsys, *words)
+    assert (folder / "taken").read_text() == "a letter"
+    assert [path.name for path in folder.iterdir()] == ["taken"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_without_write_permission_is_told(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    (folder / "locked").mkdir(mode=0o500)
+    assert "locked" in refusal(capsys, "run", "--data", "toy", "--out", "locked/run")
+
+
+def test_an_error_of_the_system_becomes_one_line(
+    ran: Recorder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", "runs/x")
+
+    monkeypatch.setattr(search, "run", refused)
+    assert "got no permission for runs/x" in refusal(capsys, "run")
+
+
+def test_a_fault_of_the_program_is_not_dressed_as_a_mistake_of_the_user(
+    ran: Recorder, capsys: pytest.CaptureFixture[str]
+):
+    ran.end = ValueError("operands could not be broadcast together")
+    with pytest.raises(ValueError, match="broadcast"):
+        main(["run"])
+
+
+def test_the_module_runs_as_a_command_and_exits_with_2(folder: Path):
+    words = [sys.executable, "-m", "dnal_mini", "run", "vgg61_cifar10"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "need vgg16_cifar10" in done.stderr
+
+
+# Help -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_names_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]):
+    assert main(words) == 0
+    output = capsys.readouterr()
+    assert all(f"dnal {name}" in output.out for name in ("run", "resume", "report", "recipes"))
+    assert output.err == ""
+
+
+def test_help_for_run_lists_every_field_with_the_values_of_the_recipe(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert main(["run", "mobilenetv2_cifar10", "--help"]) == 0
+    text = capsys.readouterr().out
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(SearchConfig)]
+    assert all(f"--{name}" in text for name in [*names, "out"])
+    assert "(default: mobilenetv2)" in text
+
+
+def test_recipes_lists_each_with_its_epochs(capsys: pytest.CaptureFixture[str]):
+    assert main(["recipes"]) == 0
+    text = capsys.readouterr().out
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        epochs = f"{config.weight_epochs}+{config.arch_epochs}+{config.fine_tune_epochs} epochs"
+        line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
+        assert line.split()[1:] == [config.model, *epochs.split()]
+        assert recipe.__doc__.strip().splitlines()[0] in text
+
+
+# Running ----------------------------------------------------------------------------------------
+
+
+def test_words_become_typed_settings_of_the_recipe(ran: Recorder):
+    words = "run cifar10_cpu --seed=5 --gate_price 3e-4 --baseline false --data-dir a/b --out r"
+    assert main(words.split()) == 0
+    changed = {"seed": 5, "gate_price": 3e-4, "baseline": False, "data_dir": "a/b"}
+    assert ran.calls == [(dataclasses.replace(RECIPES["cifar10_cpu"](), **changed), Path("r"))]
+
+
+def test_run_alone_is_the_digits_recipe(ran: Recorder):
+    assert main(["run"]) == 0
+    assert ran.calls[0][0] == RECIPES["digits"]()
+
+
+def test_the_folder_is_named_by_the_settings_and_printed(
+    ran: Recorder, capsys: pytest.CaptureFixture[str]
+):
+    for words in ([], ["--seed", "5"], ["--seed", "7"], ["--seed", "5"]):
+        assert main(["run", *words]) == 0
+    first, five, seven, five_again = (str(out) for _, out in ran.calls)
+    assert len({first, five, seven}) == 3
+    assert five == five_again
+    assert all(out.startswith("runs/digits-") for out in (first, five, seven))
+    assert f"kept in {seven}\n" in capsys.readouterr().err
+
+
+def test_without_a_terminal_each_epoch_is_a_line_and_results_go_to_stdout(
+    ran: Recorder, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["run", "--out", "r"]) == 0
+    output = capsys.readouterr()
+    assert output.err.splitlines() == [
+        "digits: the run is kept in r",
+        "weight_stage 1/2  loss 1.5000  val 25.0%  seconds 0.5",
+        "weight_stage 2/2  loss 1.5000  val 50.0%  seconds 0.5",
+        "WARNING, weight_stage epoch 2: layer 7: 2 of 64 channels open",
+    ]
+    assert output.out == runlog.final_table("r") + "\n"
+    assert "97.77%" in output.out
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_in_a_terminal_the_bar_shows_the_figures_of_the_epoch_before():
+    stream = Terminal()
+    display = Display(stream, "title")
+    row = {"kind": "epoch", "stage": "arch_stage", "epoch": 3, "epochs": 7, "seconds": 1.0}
+    figures = {"delta": 21.5, "loss": 0.75, "val_accuracy": 0.5, "kept": 0.25}
+    assert list(display.progress(range(3), "arch_stage 3/7")) == [0, 1, 2]
+    display.show(row | figures)
+    display.show({"kind": "warning", "stage": "arch_stage", "epoch": 3, "text": "collapsing"})
+    assert list(display.progress(range(5), "arch_stage 4/7")) == [0, 1, 2, 3, 4]
+    parts = [part.strip() for part in stream.getvalue().replace("\n", "\r").split("\r")]
+    assert "arch_stage 3/7  delta 21.5  loss 0.7500  val 50.0%  kept 25.0%  seconds 1.0" in parts
+    assert "WARNING, arch_stage epoch 3: collapsing" in parts
+    bars = [part for part in parts if part.startswith("arch_stage 4/7 ")]
+    assert bars
+    assert all("delta 21.5  loss 0.7500  val 50.0%  kept 25.0%" in bar for bar in bars)
+
+
+def test_a_run_without_a_result_is_resumed_with_its_own_settings(
+    ran: Recorder, capsys: pytest.CaptureFixture[str]
+):
+    ran.end = KeyboardInterrupt()
+    words = ["run", "--gate-price", "0.00037", "--baseline", "false", "--data-dir", "dir", "--out"]
+    assert main([*words, "my run"]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("dnal: interrupted after weight_stage epoch 2; continue with: dnal ")
+    ran.end = None
+    assert main(shlex.split(line.partition("dnal resume")[2].join(["resume", ""]))) == 0
+    assert ran.calls[1] == ran.calls[0]
+    assert "97.22%" in capsys.readouterr().out
+
+
+def test_an_interrupt_before_the_first_row_says_that_nothing_was_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "run", stopped)
+    assert main(["run"]) == 130
+    assert "before anything was written" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_not_run_again_by_resume(
+    ran: Recorder, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["run", "--out", "r"]) == 0
+    table = capsys.readouterr().out
+    assert main(["resume", "r"]) == 0
+    assert capsys.readouterr().out == table
+    assert len(ran.calls) == 1
+
+
+def test_settings_of_another_version_are_told(ran: Recorder, capsys: pytest.CaptureFixture[str]):
+    Path("r").mkdir()
+    runlog.RunLog("r/record.jsonl").append("run", format=1, config={})
+    settings = dataclasses.asdict(SearchConfig())
+    for text, part in (
+        (json.dumps(settings | {"gate_prize": 1.0}), "need gate_price"),
+        (json.dumps(settings | {"gate_price": "cheap"}), "need float"),
+        (json.dumps(settings)[:-9], "r/config.json"),
+        ("[1, 2]", "r/config.json"),
+    ):
+        Path("r/config.json").write_text(text)
+        assert part in refusal(capsys, "resume", "r")
+    Path("r/config.json").unlink()
+    assert "r/config.json" in refusal(capsys, "resume", "r")
+    assert ran.calls == []
+
+
+# Reports ----------------------------------------------------------------------------------------
+
+
+def test_report_of_one_is_its_table_and_of_several_a_comparison(
+    ran: Recorder, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["run", "--out", "a"]) == main(["run", "--seed", "5", "--out", "b"]) == 0
+    capsys.readouterr()
+    assert main(["report", "a"]) == 0
+    assert capsys.readouterr().out == runlog.final_table("a") + "\n"
+    assert main(["report", "a/record.jsonl", "b"]) == 0
+    assert capsys.readouterr().out == runlog.results_table(["a", "b"], markdown=False) + "\n"
+    assert main(["report", "--markdown", "a", "b"]) == 0
+    assert capsys.readouterr().out == runlog.results_table(["a", "b"]) + "\n"
+
+
+def test_report_with_epochs_has_a_line_for_each(ran: Recorder, capsys: pytest.CaptureFixture[str]):
+    assert main(["run", "--out", "a"]) == 0
+    capsys.readouterr()
+    assert main(["report", "a", "--epochs"]) == 0
+    text = capsys.readouterr().out
+    assert runlog.epochs_table("a") in text
+    assert runlog.final_table("a") in text
+
+
+@pytest.mark.filterwarnings("default")
+def test_report_of_a_cut_record_warns_in_one_line(
+    ran: Recorder, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["run", "--out", "a"]) == 0
+    path = Path("a/record.jsonl")
+    path.write_bytes(path.read_bytes()[:-9])
+    capsys.readouterr()
+    assert main(["report", "a"]) == 0
+    output = capsys.readouterr()
+    assert "not finished (weight_stage, epoch 2)" in output.out
+    assert output.err.startswith("dnal: warning: a/record.jsonl: line 5 is cut short")
+    assert output.err.count("\n") == 1
