@@ -1,5 +1,20 @@
-"""dnal_mini: learn the width of a CNN, cut what is closed, keep the function."""
+"""dnal_mini: learn the width of a CNN, cut what is closed, keep the function.
 
+The public names. Importing the package loads torch and nothing heavier.
+"""
+
+from dnal_mini import models, recipes
+from dnal_mini.cost import Cost, Latency, cost, latency
+from dnal_mini.data import fix_torchvision
 from dnal_mini.gate import ScaledSigmoid, add_gates, delta_schedule, gates, set_gates
+from dnal_mini.prune import Pruned, load, prune, save
+from dnal_mini.search import SearchConfig, run
 
+__all__ = [
+    "Cost", "Latency", "Pruned", "ScaledSigmoid", "SearchConfig", "add_gates", "cost",
+    "delta_schedule", "gates", "latency", "load", "models", "prune", "recipes", "run", "save",
+    "set_gates",
+]  # fmt: skip
 __version__ = "0.1.0"
+
+fix_torchvision()

@@ -21,8 +21,14 @@ from torch import Tensor, fx, nn
 from dnal_mini.channels import LIVE, ZERO, Analysis, ChannelMap, analyse, shape_of
 from dnal_mini.cost import cost
 from dnal_mini.gate import (
-    GatedNorm, ScaledSigmoid, gates, is_activation, replace_module, set_gates, trace
-)  # fmt: skip
+    GatedNorm,
+    ScaledSigmoid,
+    gates,
+    is_activation,
+    replace_module,
+    set_gates,
+    trace,
+)
 
 Residual = Literal["scatter", "tie"]
 FORMAT = 1
@@ -218,7 +224,7 @@ def _revive(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor], report: 
 def _branch_stride(end: fx.Node, analysis: Analysis) -> int | None:
     """Stride that gives a dead branch's image from the image that enters it, if one does."""
     start = end
-    while not analysis.kinds[start] == "add" and len(start.all_input_nodes) == 1:
+    while analysis.kinds[start] != "add" and len(start.all_input_nodes) == 1:
         layout = analysis.facts[start].layout
         if analysis.layout_keep(layout).any() or start.op == "placeholder":
             break
@@ -398,7 +404,7 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
     metadata = {"dnal_mini": text, "sha256": _digest(text, tensors)}
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata=metadata)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:

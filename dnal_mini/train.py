@@ -90,7 +90,7 @@ def fit(
     first_epoch: int = 1,
     batch: int = 128,
     seed: object = 0,
-    augmented: bool = True,
+    augmented: Callable[[Tensor, torch.Generator], Tensor] | None = augment,
     reset_momentum: bool = False,
     bn_mode: Literal["batch", "running"] = "batch",
     before_epoch: Callable[[int], None] | None = None,
@@ -102,7 +102,8 @@ def fit(
     """Train for epochs ``first_epoch..epochs`` and yield a row of numbers after each.
 
     ``lr`` maps the share of the stage that is done to a learning rate, per step. ``price`` is
-    added to the mean cross-entropy of each batch. ``reset_momentum`` empties the optimiser's
+    added to the mean cross-entropy of each batch. ``augmented`` changes each batch of uint8 images.
+    ``reset_momentum`` empties the optimiser's
     buffers before every epoch, as the authors' scripts do by making a new optimiser.
     Order of images, crops and flips depend on ``seed`` and the epoch only. The last, incomplete
     batch of an epoch is left out.
@@ -133,7 +134,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = lr((epoch - 1 + step / steps) / epochs)
             images, labels = data.train.images[order[step]], data.train.labels[order[step]]
-            images = augment(images, draw) if augmented else images
+            images = augmented(images, draw) if augmented else images
             sums += _step(
                 net, as_input(images, data, dtype, channels_last), labels, optimizer, price, dtype
             )

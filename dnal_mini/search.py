@@ -1,0 +1,670 @@
+"""The sequential optimisation: train weights, train gates, prune, fine-tune, test once.
+
+Each stage is a function with a visible freeze that yields one row per epoch; ``run`` strings them
+together in a folder that can be resumed. Read ``arch_stage`` first: it is the method.
+"""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+from torch import nn
+
+from dnal_mini import runlog
+from dnal_mini.channels import analyse
+from dnal_mini.cost import latency_pair
+from dnal_mini.data import ImageSet, augment, cifar10, digits, toy_images
+from dnal_mini.gate import (
+    Objective,
+    Order,
+    add_gates,
+    arch_parameters,
+    delta_schedule,
+    gate_report,
+    gates,
+    open_gates,
+    set_gates,
+    weight_parameters,
+)
+from dnal_mini.models import MODELS
+from dnal_mini.prune import Pruned, Residual, drop_gates, load, prune, save
+from dnal_mini.train import (
+    Precision,
+    Progress,
+    constant,
+    cosine,
+    evaluate,
+    fit,
+    only_training,
+    pick_device,
+    pick_dtype,
+)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """All settings of one sequential optimisation; frozen and checked when made.
+
+    Raises: ValueError naming the field, what it got and what it needs.
+    """
+
+    name: str = "digits"
+    """Name of the recipe, for tables."""
+    data: Literal["digits", "toy", "cifar10"] = "digits"
+    """Data set: embedded digits, drawn toy images, or CIFAR-10."""
+    data_dir: str = ""
+    """Folder with train/<class>/ and test/<class>/; empty: $DNAL_DATA, else a download."""
+    val: int = 180
+    """Images carved from train for validation, by seed."""
+    crop: int = 4
+    """Pixels of zero padding for random crops; 0 switches cropping off."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    model: Literal["vgg16", "resnet56", "mobilenetv2"] = "vgg16"
+    """Network."""
+    width: float = 1.0
+    """Multiplies every channel count of the network."""
+    weight_epochs: int = 100
+    """Epochs of stage 1 (weights, gates off)."""
+    arch_epochs: int = 20
+    """Epochs of stage 2 (gates, weights frozen)."""
+    fine_tune_epochs: int = 100
+    """Epochs of stage 3 (weights of the pruned net)."""
+    baseline: bool = True
+    """Also train the dense net on for as many epochs as stages 2 and 3, to compare with."""
+    batch: int = 128
+    """Images per step."""
+    weight_lr: float = 0.1
+    """Learning rate of stage 1, constant."""
+    arch_lr: float = 0.1
+    """Learning rate of s in stage 2, constant."""
+    fine_tune_lr: float = 0.1
+    """Learning rate at the start of stage 3; falls to 0 along a cosine."""
+    momentum: float = 0.9
+    """SGD momentum, all stages."""
+    weight_decay: float = 1e-4
+    """Of the weights; s has none."""
+    reset_momentum: bool = False
+    """Empty the momentum buffers before every epoch, as the authors' scripts do."""
+    gate_price: float = 1e-4
+    """Loss (nats) per open gate: lambda_a."""
+    objective: Objective = "paper"
+    """Price sum sigmoid(delta s) as in the paper, or sum sigmoid(s) as in the authors' code."""
+    delta_form: Objective = "paper"
+    """delta from 1 to delta_max (paper), or multiplied before each epoch (code)."""
+    delta_max: float = 1e4
+    """Steepness in the last architecture epoch."""
+    order: Order = "conv-bn-ss-relu"
+    """Where the SS layer sits."""
+    threshold: float = 0.5
+    """A gate is open where sigmoid(delta s) is above it; the authors' scripts take 0.9."""
+    freeze_classifier: bool = True
+    """Freeze linear layers too in stage 2 (paper); the authors' scripts train them."""
+    bn_mode: Literal["batch", "running"] = "batch"
+    """BatchNorm statistics in stage 2: of the batch, as in the authors' scripts, or running."""
+    floor: float = 0.0
+    """Share of the channels of a vital layer that the price may not close; 0: only the last one."""
+    residual: Residual = "scatter"
+    """How a pruned residual branch joins its trunk."""
+    weights_from: str = ""
+    """Folder of a run with the same stage 1, which is taken over instead of trained again."""
+    seed: int = 0
+    """Seeds initial weights, validation split, order, crops and flips."""
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:1 …"""
+    precision: Precision = "auto"
+    """Of convolutions; auto: bfloat16 where the hardware multiplies in it."""
+    channels_last: bool = True
+    """Memory layout of images and filters."""
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            words = get_args(hint)
+            if words and value not in words:
+                raise ValueError(f"got {field.name} {value!r}; need one of {', '.join(words)}")
+            kind = (int, float) if hint is float else hint
+            wrong = isinstance(value, bool) and hint is not bool
+            if not words and (wrong or not isinstance(value, kind)):
+                raise ValueError(
+                    f"got {field.name} {value!r}; need a value of type {hint.__name__}"
+                )
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not (low <= value <= high and math.isfinite(value)):
+                above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+                raise ValueError(f"got {name} {value}; need {above}")
+
+
+TINY = 1e-12
+RANGES = {
+    "val": (1, math.inf), "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (1, math.inf),
+    "arch_epochs": (1, math.inf), "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf),
+    "weight_lr": (TINY, math.inf), "arch_lr": (TINY, math.inf), "fine_tune_lr": (TINY, math.inf),
+    "momentum": (0, 1), "weight_decay": (0, math.inf), "gate_price": (0, math.inf),
+    "delta_max": (1, 1e9), "threshold": (1e-6, 1 - 1e-6), "floor": (0, 1), "seed": (0, 2**62),
+}  # fmt: skip
+
+
+# --- the three stages ------------------------------------------------------------------------
+
+
+def weight_stage(
+    net: nn.Module, data: ImageSet, config: SearchConfig, **loop: Any
+) -> Iterator[Row]:
+    """Stage 1: train the weights with gates off, at a constant learning rate. Changes ``net``.
+
+    ``loop``: ``folder`` (checkpoints), ``progress``; see ``run``.
+    Source: Guo et al. 2022, Algorithm 1, lines 1-5 [guo2022dnal].
+    """
+    set_gates(net, mode="off")
+    with only_training(net, weight_parameters(net)):
+        optimizer = _sgd(weight_parameters(net), config, config.weight_decay)
+        lr = constant(config.weight_lr)
+        yield from _epochs("weight_stage", net, data, config, optimizer, lr, **loop)
+
+
+def arch_stage(net: nn.Module, data: ImageSet, config: SearchConfig, **loop: Any) -> Iterator[Row]:
+    """Stage 2: freeze the weights, train the gates under a price while delta grows.
+
+    The loss of a batch is cross-entropy + gate_price * (number of open gates, softly counted).
+    Starts from s = 0. Changes ``net``: its gates, and running statistics of BatchNorm if
+    ``bn_mode="batch"``. Rows also hold what the gates do; a row of kind "warning" names a vital
+    layer that is about to close as a whole.
+
+    Source: Guo et al. 2022, Algorithm 1, lines 6-11, eq. 7 [guo2022dnal].
+    Differs: the price leaves a vital layer alone at its floor.
+    """
+    deltas = delta_schedule(config.arch_epochs, config.delta_form, config.delta_max)
+    floors = collapse_floors(net, data.image_shape, config.floor)
+    trained = list(arch_parameters(net))
+    if not config.freeze_classifier:
+        heads = [m for m in net.modules() if isinstance(m, nn.Linear | nn.BatchNorm1d)]
+        trained += [parameter for head in heads for parameter in head.parameters()]
+    set_gates(net, mode="soft", threshold=config.threshold)
+    with torch.no_grad():
+        for s in arch_parameters(net):
+            s.zero_()
+    with only_training(net, trained):
+        rows = _epochs(
+            "arch_stage",
+            net,
+            data,
+            config,
+            _sgd(trained, config, weight_decay=0),
+            constant(config.arch_lr),
+            before_epoch=lambda epoch: set_gates(net, delta=deltas[epoch - 1]),
+            price=lambda: config.gate_price * open_gates(net, config.objective, floors),
+            bn_mode=config.bn_mode,
+            measure=lambda: _gates_now(net, data, config),
+            **loop,
+        )
+        for row in rows:
+            yield row
+            yield from _collapse_warnings(row, floors)
+
+
+def fine_tune(net: nn.Module, data: ImageSet, config: SearchConfig, **loop: Any) -> Iterator[Row]:
+    """Stage 3: train all weights of the pruned net, learning rate along a cosine. Changes ``net``.
+
+    Source: Guo et al. 2022, Algorithm 1, lines 12-13 [guo2022dnal].
+    """
+    optimizer = _sgd(net.parameters(), config, config.weight_decay)
+    lr = cosine(config.fine_tune_lr)
+    yield from _epochs("fine_tune", net, data, config, optimizer, lr, **loop)
+
+
+def dense_baseline(
+    net: nn.Module, data: ImageSet, config: SearchConfig, **loop: Any
+) -> Iterator[Row]:
+    """The dense net trained on as long as stages 2 and 3 take, as stage 3 does. Changes ``net``."""
+    set_gates(net, mode="off")
+    with only_training(net, weight_parameters(net)):
+        optimizer = _sgd(weight_parameters(net), config, config.weight_decay)
+        lr = cosine(config.fine_tune_lr)
+        yield from _epochs("baseline", net, data, config, optimizer, lr, **loop)
+
+
+def _sgd(
+    parameters: Iterable[nn.Parameter], config: SearchConfig, weight_decay: float
+) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        parameters, lr=0.0, momentum=config.momentum, weight_decay=weight_decay, foreach=True
+    )
+
+
+def stage_epochs(stage: str, config: SearchConfig) -> int:
+    """Number of epochs that a stage takes."""
+    if stage == "baseline":
+        return config.arch_epochs + config.fine_tune_epochs
+    return int(getattr(config, stage.removesuffix("_stage") + "_epochs"))
+
+
+def _epochs(
+    stage: str,
+    net: nn.Module,
+    data: ImageSet,
+    config: SearchConfig,
+    optimizer: torch.optim.Optimizer,
+    lr: Callable[[float], float],
+    folder: "RunFolder | None" = None,
+    progress: Progress | None = None,
+    measure: Callable[[], Row] | None = None,
+    **fit_arguments: Any,
+) -> Iterator[Row]:
+    """The epochs of one stage, from the last checkpoint on, as rows of a record."""
+    first = folder.restore(stage, net, optimizer) + 1 if folder else 1
+    rows = fit(
+        net,
+        data,
+        optimizer,
+        stage_epochs(stage, config),
+        lr,
+        first_epoch=first,
+        batch=config.batch,
+        seed=f"{config.seed}/{stage}",
+        augmented=_augmentation(config),
+        reset_momentum=config.reset_momentum,
+        progress=(lambda it, text: progress(it, f"{stage} {text}")) if progress else None,
+        **_numerics(data, config),
+        **fit_arguments,
+    )
+    for row in rows:
+        row = {"kind": "epoch", "stage": stage} | row | (measure() if measure else {})
+        yield row
+        if folder:
+            folder.checkpoint(stage, row["epoch"], net, optimizer)
+
+
+def _augmentation(config: SearchConfig) -> Callable | None:
+    if config.crop == 0 and not config.flip:
+        return None
+    return partial(augment, pad=config.crop, flip=config.flip)
+
+
+def _numerics(data: ImageSet, config: SearchConfig) -> dict[str, Any]:
+    """Precision and memory layout, as ``fit`` and ``evaluate`` take them."""
+    device = data.train.images.device
+    dtype = pick_dtype(config.precision, device)
+    return {"dtype": dtype, "channels_last": config.channels_last}
+
+
+# --- watching the gates, and keeping the network alive ----------------------------------------
+
+
+def _gates_now(net: nn.Module, data: ImageSet, config: SearchConfig) -> Row:
+    """What an architecture epoch adds to its row."""
+    layers = gate_report(net)
+    total = sum(row["channels"] for row in layers.values())
+    shares = [row["histogram"] for row in layers.values()]
+    histogram = [sum(counts) for counts in zip(*shares, strict=True)]
+    set_gates(net, mode="hard")
+    hard = evaluate(net, data.val, data, **_numerics(data, config))
+    set_gates(net, mode="soft")
+    return {
+        "delta": float(next(iter(gates(net).values())).delta),
+        "gate_price": config.gate_price,
+        "hard_val_accuracy": hard,
+        "kept": sum(row["open"] for row in layers.values()) / total,
+        "undecided": sum(row["undecided"] * row["channels"] for row in layers.values()) / total,
+        "gap": max(row["gap"] for row in layers.values()),
+        "histogram": histogram,
+        "layers": layers,
+    }
+
+
+def collapse_floors(
+    net: nn.Module, image_shape: tuple[int, int, int], floor: float
+) -> dict[str, float]:
+    """Channels that each vital gate must leave open, by gate name: at least 1.
+
+    A gate is vital if the network's output no longer depends on its input once all of its
+    channels are closed: every gate of a plain chain, none of a residual branch.
+    """
+    opened = copy.deepcopy(net)
+    for gate in gates(opened).values():
+        torch.nn.init.ones_(gate.s)
+    floors = {}
+    if isinstance(net, torch.fx.GraphModule):
+        sites = {name: name.removesuffix("_gate") for name in gates(net)}
+    else:
+        sites = {name: name.removesuffix(".gate") for name in gates(net)}
+    plain = drop_gates(opened)
+    for name, gate in gates(net).items():
+        if analyse(plain, image_shape, zeroed={sites[name]}).output_is_constant():
+            floors[name] = max(1.0, floor * len(gate.s))
+    return floors
+
+
+def _collapse_warnings(row: Row, floors: dict[str, float]) -> Iterator[Row]:
+    """A row of kind "warning" for the vital layers that are at their floor or closed."""
+    low = [
+        f"{name} ({row['layers'][name]['open']} of {row['layers'][name]['channels']} open)"
+        for name, floor in floors.items()
+        if row["layers"][name]["open"] <= floor
+    ]
+    if low:
+        text = f"at the floor, the price no longer closes channels there: {', '.join(low)}"
+        yield {"kind": "warning", "stage": row["stage"], "epoch": row["epoch"], "text": text}
+
+
+@torch.no_grad()
+def keep_alive(net: nn.Module, floors: dict[str, float]) -> dict[str, int]:
+    """Open the gates with the largest s where a vital layer has fewer open than its floor.
+
+    Changes ``net``; returns the number of gates opened by name. So a layer never closes as a
+    whole without a word: the names go into the record.
+    """
+    opened = {}
+    for name, gate in gates(net).items():
+        missing = math.ceil(floors.get(name, 0)) - int(gate.is_open.sum())
+        if missing > 0:
+            closed = gate.s.masked_fill(gate.is_open, -math.inf)
+            certain = (30 + abs(math.log(gate.threshold / (1 - gate.threshold)))) / gate.delta
+            gate.s[closed.topk(missing).indices] = certain
+            opened[name] = missing
+    return opened
+
+
+# --- the whole run -----------------------------------------------------------------------------
+
+
+def load_data(config: SearchConfig) -> ImageSet:
+    """The data set of a config, train and val on its device. Raises ValueError as ``data`` does."""
+    device = pick_device(config.device)
+    match config.data:
+        case "digits":
+            data = digits(seed=config.seed, val=config.val)
+        case "toy":
+            data = toy_images(seed=config.seed, val=config.val, image_shape=(3, 32, 32))
+        case "cifar10":
+            root = config.data_dir or os.environ.get("DNAL_DATA") or "data/cifar10"
+            given = bool(config.data_dir or os.environ.get("DNAL_DATA"))
+            data = cifar10(root, download=not given, seed=config.seed, val=config.val)
+    if config.batch > len(data.train):
+        raise ValueError(f"got batch {config.batch}; need at most {len(data.train)} (train images)")
+    return dataclasses.replace(data, train=data.train.to(device), val=data.val.to(device))
+
+
+def build(config: SearchConfig, data: ImageSet) -> nn.Module:
+    """The dense network of a config, without gates, from the config's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return MODELS[config.model](num_classes=data.num_classes, width=config.width)
+
+
+def run(
+    config: SearchConfig,
+    out: str | Path,
+    progress: Progress | None = None,
+    on_row: Callable[[Row], None] | None = None,
+) -> Row:
+    """The whole sequential optimisation in the folder ``out``; returns the result row.
+
+    Writes ``record.jsonl`` (see ``runlog``), one checkpoint a stage, ``pruned.safetensors`` (before
+    fine-tuning) and ``small.safetensors``. A folder that holds the same run is resumed after its
+    last finished epoch; a finished run is only read. ``progress(steps, text)`` wraps the steps of
+    each epoch; ``on_row`` sees every row as it is written. The test set is opened once, at the end.
+
+    Raises: ValueError for data or a device that is not there, or a folder that holds another run.
+    """
+    data = load_data(config)
+    dense = build(config, data).to(config.device)
+    if config.channels_last:
+        dense = dense.to(memory_format=torch.channels_last)
+    folder = RunFolder(out, config, data, on_row)
+    if folder.result:
+        return folder.result
+    loop: dict[str, Any] = {"folder": folder, "progress": progress}
+    net = add_gates(dense, config.order)
+
+    folder.log(weight_stage(net, data, config, **loop))
+    nets = {"weight_stage": copy.deepcopy(net)}
+    if config.baseline:
+        nets["baseline"] = copy.deepcopy(net)
+        folder.log(dense_baseline(nets["baseline"], data, config, **loop))
+    folder.log(arch_stage(net, data, config, **loop))
+    reopened = keep_alive(net, collapse_floors(net, data.image_shape, config.floor))
+    set_gates(net, mode="hard")
+    small = _pruned_once(net, dense, data, config, folder, reopened)
+    nets |= {"hard": net, "pruned": copy.deepcopy(small.module)}
+    folder.log(fine_tune(small.module, data, config, **loop))
+    save(small, folder.path / "small.safetensors")
+    nets["fine_tuned"] = small.module
+    return folder.write("result", **_test_once(nets, dense, small, data, config, folder))
+
+
+def _pruned_once(
+    net: nn.Module,
+    dense: nn.Module,
+    data: ImageSet,
+    config: SearchConfig,
+    folder: "RunFolder",
+    reopened: dict[str, int],
+) -> Pruned:
+    """The pruned net, read back if an earlier session of this run has cut it already."""
+    path = folder.path / "pruned.safetensors"
+    if not (path.exists() and folder.has("prune")):
+        gap = max(row["gap"] for row in gate_report(net).values())
+        small = prune(net, data.image_shape, config.residual)
+        save(small, path)
+        folder.write(
+            "prune",
+            **small.spec["cost"],
+            channels={row["layer"]: row for row in small.report.layers},
+            residual=config.residual,
+            certificate=small.certificate,
+            gap=gap,
+            reopened=reopened,
+            notes=small.report.notes,
+            walls=small.report.walls,
+        )
+    small = load(path, MODELS[config.model])
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    small.module.to(next(dense.parameters()).device).to(memory_format=layout)
+    return small
+
+
+def _test_once(
+    nets: dict[str, nn.Module],
+    dense: nn.Module,
+    small: Pruned,
+    data: ImageSet,
+    config: SearchConfig,
+    folder: "RunFolder",
+) -> Row:
+    """Open the test set, measure every net on it, and time dense against pruned."""
+    test = data.test.to(data.train.images.device)
+    accuracy = {
+        name: evaluate(net, test, data, **_numerics(data, config)) for name, net in nets.items()
+    }
+    before, after = small.spec["cost"]["dense"], small.spec["cost"]["pruned"]
+    times = latency_pair(dense, small.module, data.image_shape, batch=1)
+    seconds = folder.seconds()
+    return {
+        "test_images": len(test),
+        "dense_is": "baseline" if config.baseline else "weight_stage",
+        "dense_accuracy": accuracy["baseline" if config.baseline else "weight_stage"],
+        **{f"{name}_accuracy": value for name, value in accuracy.items() if name != "baseline"},
+        "params": [before["params"], after["params"]],
+        "macs": [before["macs"], after["macs"]],
+        "params_ratio": before["params"] / after["params"],
+        "macs_ratio": before["macs"] / after["macs"],
+        "latency_s": dict(zip(("dense", "pruned"), map(vars, times), strict=True)) | {"batch": 1},
+        "seconds": seconds | {"total": sum(seconds.values())},
+    }
+
+
+# --- the folder of a run -----------------------------------------------------------------------
+
+STAGES = ("weight_stage", "baseline", "arch_stage", "fine_tune")
+PATHS = ("data_dir", "weights_from")  # say where, not what: left out of records and comparisons
+AFTER_STAGE_1 = {
+    "name", "arch_epochs", "fine_tune_epochs", "fine_tune_lr", "baseline", "arch_lr", "gate_price",
+    "objective", "delta_form", "delta_max", "threshold", "freeze_classifier", "bn_mode", "floor",
+    "residual",
+}  # fmt: skip
+BASELINE = {"arch_epochs", "fine_tune_epochs", "fine_tune_lr", "baseline"}
+
+
+class RunFolder:
+    """The files of one run: config, record, and the last checkpoint of each stage.
+
+    Raises: ValueError if the folder holds another run, is not empty, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        config: SearchConfig,
+        data: ImageSet,
+        on_row: Callable[[Row], None] | None = None,
+    ) -> None:
+        self.path, self.config, self.on_row = Path(out), config, on_row
+        self.record = runlog.RunLog(self.path / runlog.FILE_NAME)
+        self.started = time.perf_counter()
+        settings = _settings(config)
+        if (self.path / "config.json").exists():
+            self._check_same(settings)
+        else:
+            self._create(settings, data)
+
+    def _check_same(self, settings: Row) -> None:
+        """Refuse to go on with another config."""
+        theirs = json.loads((self.path / "config.json").read_text())
+        names = sorted(n for n in {*theirs, *settings} if theirs.get(n) != settings.get(n))
+        names = [name for name in names if name not in PATHS]
+        if names:
+            n = names[0]
+            raise ValueError(
+                f"got {self.path}, which holds a run with {n}={theirs.get(n)!r}, "
+                f"not {settings.get(n)!r}; need the same settings, or another folder (--out)"
+            )
+        if not self.result:
+            self.write("resume", **runlog.describe_run(self.config.device))
+
+    def _create(self, settings: Row, data: ImageSet) -> None:
+        """Make the folder, take over stage 1 if asked to, and begin the record."""
+        source = Path(self.config.weights_from) if self.config.weights_from else None
+        taken = self._stages_of(source, settings) if source else []
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if any(self.path.iterdir()):
+                raise ValueError(f"got {self.path}, which is not empty; need a new folder (--out)")
+            self._replace("config.json", json.dumps(settings, indent=1).encode())
+        except OSError as error:
+            raise ValueError(
+                f"got {self.path}, which cannot be written ({error.strerror}); need another --out"
+            ) from error
+        public = {n: Path(v).name if n in PATHS and v else v for n, v in settings.items()}
+        images = {"name": data.name, "train": len(data.train), "val": len(data.val)}
+        about = runlog.describe_run(self.config.device)
+        self.write("run", format=runlog.FORMAT, config=public, data=images, **about)
+        for stage in taken:
+            self._replace(f"{stage}.pt", (source / f"{stage}.pt").read_bytes())
+            for row in runlog.epochs(source / runlog.FILE_NAME):
+                if row["stage"] == stage:
+                    self.write(**row, taken_over=True)
+
+    def _stages_of(self, source: Path, settings: Row) -> list[str]:
+        """Finished stages of another run that this run would repeat exactly."""
+        try:
+            theirs = json.loads((source / "config.json").read_text())
+            done = {s: _load(source / f"{s}.pt")["epoch"] for s in STAGES[:2]}
+        except (OSError, ValueError) as error:
+            raise ValueError(f"got weights_from {source} ({error}); need a run's folder") from error
+        differ = {n for n in settings if settings[n] != theirs.get(n)} - {*PATHS}
+        if differ - AFTER_STAGE_1 or done["weight_stage"] != self.config.weight_epochs:
+            why = ", ".join(sorted(differ - AFTER_STAGE_1)) or "it is not finished"
+            raise ValueError(f"got weights_from {source} with another stage 1: {why}; train anew")
+        whole = done["baseline"] == stage_epochs("baseline", self.config) and not differ & BASELINE
+        return ["weight_stage", "baseline"] if whole else ["weight_stage"]
+
+    def write(self, kind: str, **fields: Any) -> Row:
+        """Append a row to the record and show it to ``on_row``."""
+        row = self.record.append(kind, **fields)
+        if self.on_row:
+            self.on_row(row)
+        return row
+
+    def log(self, rows: Iterable[Row]) -> None:
+        """Write every row of a stage, as it comes."""
+        for row in rows:
+            self.write(**row)
+
+    def has(self, kind: str) -> bool:
+        """True if the record holds a row of a kind."""
+        return any(row["kind"] == kind for row in self._rows())
+
+    @property
+    def result(self) -> Row | None:
+        """The result row, None if the run is not finished."""
+        return next((row for row in self._rows() if row["kind"] == "result"), None)
+
+    def _rows(self) -> list[Row]:
+        return runlog.read(self.record.path) if self.record.path.exists() else []
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds per stage, added up over its epochs."""
+        totals = dict.fromkeys(STAGES, 0.0)
+        for row in runlog.epochs(self.record.path):
+            totals[row["stage"]] += row["seconds"]
+        return totals
+
+    def checkpoint(
+        self, stage: str, epoch: int, net: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Write the state of a stage; the old one is there until the new one is whole."""
+        last = epoch == stage_epochs(stage, self.config)
+        state = {"stage": stage, "epoch": epoch, "net": net.state_dict()}
+        state["optimizer"] = None if last else optimizer.state_dict()
+        part = self.path / f"{stage}.pt.part"
+        torch.save(state, part)
+        part.replace(self.path / f"{stage}.pt")
+
+    def restore(self, stage: str, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+        """Load the last checkpoint of a stage, if there is one; returns its epoch, else 0."""
+        path = self.path / f"{stage}.pt"
+        if not path.exists():
+            return 0
+        state = _load(path, next(net.parameters()).device)
+        try:
+            net.load_state_dict(state["net"])
+        except RuntimeError as error:
+            raise ValueError(
+                f"got {path} of another network; need this run's; remove it"
+            ) from error
+        if state["optimizer"]:
+            optimizer.load_state_dict(state["optimizer"])
+        return int(state["epoch"])
+
+    def _replace(self, name: str, content: bytes) -> None:
+        part = self.path / f"{name}.part"
+        part.write_bytes(content)
+        part.replace(self.path / name)
+
+
+def _load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """A checkpoint; tensors and plain values only, no pickled code."""
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises several kinds for a damaged file
+        raise ValueError(
+            f"got {path}, which cannot be read; remove it to train the stage anew"
+        ) from error
+
+
+def _settings(config: SearchConfig) -> Row:
+    return dataclasses.asdict(config)
