@@ -254,22 +254,24 @@ def _layer_calls(
     net: nn.Module, image_shape: Sequence[int]
 ) -> list[tuple[str, nn.Module, torch.Size]]:
     """(name, layer, shape of its output) per call of a layer that owns parameters."""
-    calls = []
-    handles = []
     images = _images(net, image_shape)
-    for name, layer in net.named_modules():
-        if _is_gate(layer) or not any(True for _ in layer.parameters(recurse=False)):
-            continue
+    names = {
+        layer: name
+        for name, layer in net.named_modules()
+        if any(True for _ in layer.parameters(recurse=False)) and not _is_gate(layer)
+    }
+    for layer, name in names.items():
         if not isinstance(layer, (nn.Conv2d, nn.Linear, *NORMS)):
             raise ValueError(
                 f"got {type(layer).__name__} at {name!r}; need Conv2d, Linear or a norm wherever "
                 "there are parameters; use cost() for the totals"
             )
+    calls: list[tuple[str, nn.Module, torch.Size]] = []
 
-        def note(layer: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
-            calls.append((name, layer, output.shape))
+    def note(layer: nn.Module, args: tuple, output: Tensor) -> None:
+        calls.append((names[layer], layer, output.shape))
 
-        handles.append(layer.register_forward_hook(note))
+    handles = [layer.register_forward_hook(note) for layer in names]
     try:
         with _evaluating(net), torch.no_grad():
             _run(net, images)

@@ -1,6 +1,7 @@
-"""Counts against products worked out by hand, times against a layer that sleeps."""
+"""Counts against products worked out by hand, times against a clock that we hold."""
 
 import copy
+import sys
 import time
 
 import pytest
@@ -28,17 +29,35 @@ class Residual(nn.Module):
         return x + self.conv2(self.conv1(x))
 
 
-class Sleeper(nn.Module):
-    """Takes ``seconds`` and writes its name into ``log``."""
+class Clock:
+    """Stands in for the real clock: only ``Slow`` layers make it go on."""
 
-    def __init__(self, seconds: float, name: str = "", log: list[str] | None = None) -> None:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+class Slow(nn.Module):
+    """Takes ``delays`` seconds on the clock, the last one again and again; notes its name."""
+
+    def __init__(self, clock: Clock, *delays: float, name: str = "", log: list | None = None):
         super().__init__()
-        self.seconds, self.name, self.log = seconds, name, [] if log is None else log
+        self.clock, self.delays, self.name = clock, list(delays), name
+        self.log: list[str] = [] if log is None else log
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(self.seconds)
+        self.clock.now += self.delays.pop(0) if len(self.delays) > 1 else self.delays[0]
         self.log.append(self.name)
         return x
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(sys.modules[cost.__module__], "time", clock)
+    return clock
 
 
 def chain() -> nn.Sequential:
@@ -113,7 +132,7 @@ def test_peak_ignores_who_still_holds_a_tensor_that_nobody_reads():
     ],
 )
 def test_peak_of_the_published_nets_sits_where_the_layer_sizes_say(model, floats):
-    net = MODELS[model]().to("meta")  # shapes are enough
+    net = MODELS[model]()
     assert cost(net).peak_activation_bytes == FLOAT * floats
 
 
@@ -132,7 +151,7 @@ def test_cost_needs_no_real_weights():
 @pytest.mark.parametrize("order", ["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"])
 @pytest.mark.parametrize("mode", ["off", "soft", "hard"])
 def test_gates_cost_nothing(order, mode):
-    net = vgg16(width=0.1).to("meta")
+    net = vgg16(width=0.1)
     gated = add_gates(net, order)
     set_gates(gated, mode=mode, delta=3.0)
     assert cost(gated) == cost(net)
@@ -158,8 +177,9 @@ def test_counting_leaves_the_net_as_it_was():
 
 def test_a_failed_count_leaves_no_trace():
     net = add_gates(vgg16(width=0.2))
-    with pytest.raises(ValueError, match="the net cannot take"):
-        cost(net, (4, 32, 32))
+    for measure in (cost, layer_table, latency):
+        with pytest.raises(ValueError, match="the net cannot take"):
+            measure(net, (4, 32, 32))
     assert net.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
 
@@ -171,7 +191,7 @@ def test_cost_reads_well():
 
 @pytest.mark.parametrize("model", MODELS)
 def test_layer_tables_sum_to_the_cost(model):
-    net = MODELS[model](width=0.3).to("meta")
+    net = MODELS[model](width=0.3)
     rows, total = layer_table(net), cost(net)
     # the table uses a closed form, cost counts what runs
     assert sum(row["macs"] for row in rows) == total.macs
@@ -179,7 +199,7 @@ def test_layer_tables_sum_to_the_cost(model):
 
 
 def test_the_layer_table_of_vgg16_is_the_published_one():
-    rows = layer_table(vgg16().to("meta"))
+    rows = layer_table(vgg16())
     millions = [1.769, 37.749, 18.874, 37.749, 18.874, 37.749, 37.749, 18.874, 37.749, 37.749]
     millions += [9.437, 9.437, 9.437, 0.262, 0.005]
     params = [1_920, 37_056, 74_112, 147_840, 295_680, 590_592, 590_592, 1_181_184]
@@ -241,29 +261,61 @@ def test_the_layer_table_refuses_layers_that_it_cannot_count():
     assert cost(net, (3, 7, 7)).macs == 3 * 5 * 9 * 7 * 7
 
 
-def test_latency_measures_a_known_delay():
-    result = latency(Sleeper(0.01), budget_s=0.1, min_repeats=3)
-    assert 0.01 <= result.p10_s <= result.median_s <= result.p90_s
-    assert result.median_s < 0.02  # a sleep overruns by far less than its own length
+def test_latency_is_the_median_and_its_spread(clock):
+    warm_up = (50.0, 70.0)  # must not show
+    net = Slow(clock, *warm_up, *(3, 11, 1, 9, 2, 7, 10, 4, 8, 5, 6))
+    result = latency(net, budget_s=0.1, min_repeats=11)
+    # 11 values: a tenth of the way from rank 0 to rank 10 is rank 1
+    assert (result.median_s, result.p10_s, result.p90_s) == pytest.approx((6, 2, 10))
     assert (result.device, result.threads) == ("cpu", torch.get_num_threads())
 
 
-def test_latency_keeps_its_budget_but_does_its_repeats():
-    many, few = Sleeper(0.01), Sleeper(0.02)
-    start = time.perf_counter()
-    latency(many, budget_s=0.2, min_repeats=1)
-    assert time.perf_counter() - start < 1.0
-    assert 5 <= len(many.log) <= 26  # one first pass, then 0.24 s of passes, each 0.01 s or more
-    latency(few, budget_s=0.001, min_repeats=7)
-    assert len(few.log) == 1 + 1 + 7  # first pass, warm-up, repeats
+def test_latency_keeps_its_budget_but_does_its_repeats(clock):
+    net = Slow(clock, 0.25)
+    latency(net, budget_s=10, min_repeats=1)
+    assert len(net.log) == 1 + 8 + 40  # first pass, 2 s of warm-up, 10 s of passes
+    net.log.clear()
+    latency(net, budget_s=0.1, min_repeats=7)
+    assert len(net.log) == 1 + 1 + 7
 
 
-def test_a_pair_is_timed_in_turns():
+def test_a_pair_is_timed_in_turns(clock):
     log: list[str] = []
-    first, second = Sleeper(0.004, "a", log), Sleeper(0.012, "b", log)
-    slow, fast = latency_pair(second, first, budget_s=0.01, min_repeats=6)
-    assert 2 < slow.median_s / fast.median_s < 4
-    assert "".join(log[-12:]) in {"baabbaabbaab", "abbaabbaabba"}
+    first, second = Slow(clock, 4, name="a", log=log), Slow(clock, 12, name="b", log=log)
+    fast, slow = latency_pair(first, second, budget_s=0.1, min_repeats=6)
+    assert (fast.median_s, slow.median_s) == pytest.approx((4, 12))
+    assert "".join(log) == "ab" + "ab" + "abbaabbaabba"  # first passes, warm-up, timed
+
+
+def test_latency_runs_on_the_real_clock():
+    class Sleep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.01)
+            return x
+
+    result = latency(Sleep(), budget_s=0.05, min_repeats=3)
+    assert 0.01 <= result.p10_s <= result.median_s <= result.p90_s
+
+
+def test_a_batch_reaches_the_net_in_evaluation_mode():
+    seen = []
+
+    class Witness(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append((tuple(x.shape), self.training, torch.is_inference_mode_enabled()))
+            return x
+
+    latency(Witness(), (3, 5, 7), batch=11, budget_s=0.001, min_repeats=2)
+    assert set(seen) == {((11, 3, 5, 7), False, True)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_counts_on_a_gpu_equal_those_on_the_cpu():
+    net = vgg16(width=0.3)
+    on_gpu = copy.deepcopy(net).cuda()
+    assert cost(on_gpu) == cost(net)
+    assert latency(on_gpu, budget_s=0.1).device == torch.cuda.get_device_name()
 
 
 @pytest.mark.parametrize(
@@ -285,7 +337,8 @@ def test_image_shapes_that_do_not_fit_are_refused_in_one_line(measure, shape, re
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"batch": 0}, {"batch": 2.5}, {"budget_s": 0}, {"min_repeats": 0}]
+    "arguments",
+    [{"batch": 0}, {"batch": 2.5}, {"budget_s": 0}, {"budget_s": float("nan")}, {"min_repeats": 0}],
 )
 def test_latency_refuses_settings_that_measure_nothing(arguments):
     with pytest.raises(ValueError, match=f"got .*{next(iter(arguments))}"):

@@ -34,8 +34,9 @@ def small(model: str, **arguments: object) -> nn.Module:
 @pytest.mark.parametrize("model", MODELS)
 def test_counts_equal_the_published_ones(model):
     macs, flops, params, authors_params, printed_flops, printed_params = PUBLISHED[model]
-    net = MODELS[model]().to("meta")  # shapes are enough
-    assert (cost(net).macs, cost(net).params) == (macs, params)
+    net = MODELS[model]()
+    measured = cost(net)
+    assert (measured.macs, measured.params) == (macs, params)
     assert authors_counting(net) == (flops, authors_params)
     assert f"{flops / 1e6:.2f}" == printed_flops
     assert f"{authors_params / 1e6:.2f}" == printed_params
@@ -76,7 +77,7 @@ def test_width_1_builds_the_same_net_as_the_default(model):
     assert [p.shape for p in full.parameters()] == shapes
 
 
-@pytest.mark.parametrize("width", [0.01, 0.25, 0.3, 1.7])
+@pytest.mark.parametrize("width", [0.01, 0.25, 0.3, 1.1])
 def test_width_multiplies_every_channel_count_of_vgg16(width):
     published = [64, 64, 128, 128, 256, 256, 256, *[512] * 6]
     net = vgg16(width=width)
