@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Customary for CIFAR-10: over its 50,000 training images, per channel.
 CIFAR10_MEAN = (0.4914, 0.4824, 0.4467)
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -109,21 +110,21 @@ def toy_images(
     ``noise`` is the standard deviation for pixels in [0, 1]. Class sizes differ by one at most.
     """
     channels, height, width = image_shape
-    streams = [torch.Generator().manual_seed(4 * seed + stream) for stream in range(4)]
-    coarse = torch.rand(num_classes, channels, 4, 4, generator=streams[0])
+    generator = torch.Generator().manual_seed(4 * seed)
+    coarse = torch.rand(num_classes, channels, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
     patterns = (smooth + smooth.flip(-1)) / 2
 
-    def draw(count: int, generator: torch.Generator) -> Split:
+    def draw(count: int, stream: int) -> Split:
+        generator = torch.Generator().manual_seed(4 * seed + stream)
         labels = torch.arange(count) % num_classes
         noisy = torch.normal(patterns[labels], noise, generator=generator)
         return Split((noisy * 255).round().clamp(0, 255).to(torch.uint8), labels)
 
-    shown = draw(train, streams[1])
+    shown = draw(train, 1)
     names = tuple(f"pattern {label}" for label in range(num_classes))
-    load_test = partial(draw, test, streams[3])
     stats = channel_statistics(shown.images)
-    return ImageSet("toy", names, *stats, shown, draw(val, streams[2]), load_test)
+    return ImageSet("toy", names, *stats, shown, draw(val, 2), partial(draw, test, 3))
 
 
 def cifar10(
@@ -163,7 +164,7 @@ def image_folder(
     val: int | None = None,
     cache: Path | str | None = None,
 ) -> ImageSet:
-    """Any set in the layout ``train/<class>/*``, ``test/<class>/*``; pixels become 8-bit RGB.
+    """Any set in the layout ``train/<class>/*``, ``test/<class>/*``, as 8-bit RGB without alpha.
 
     ``root`` defaults to the environment variable DNAL_DATA. ``image_size`` (height, width) resizes
     each image, bilinear, aspect not kept; without it all images must have one size. ``val`` is by
@@ -205,7 +206,7 @@ def carve(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
         )
     shares = sizes * count // len(labels)
     while missing := count - int(shares.sum()):
-        lag = sizes * count - shares * len(labels)  # times 1 / len(labels): images still owed
+        lag = sizes * count - shares * len(labels)  # images still owed, times len(labels)
         lag[shares + 1 >= sizes] = torch.iinfo(lag.dtype).min
         order = torch.argsort(lag, descending=True, stable=True)[:missing]
         shares[order] += (shares + 1 < sizes)[order]
@@ -286,7 +287,7 @@ def fix_torchvision() -> None:
             torch.ops.load_library(library.origin)
             return
     except OSError:
-        pass  # this is the broken pair: a library that torch needs for it is not there
+        pass  # the broken pair: libraries that this one stands on are not there
     for name in ("nms", "qnms"):
         schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         torch.library.define(f"torchvision::{name}", schema)
@@ -323,13 +324,18 @@ def _cifar10_archive(
     root: Path, download: bool
 ) -> tuple[Split, Callable[[], Split], tuple[str, ...]]:
     """Training images, a function that reads the test images, class names."""
+    if not download and not (root / "cifar-10-batches-py").is_dir():
+        raise ValueError(
+            f"{root}: got no CIFAR-10; need train/<class>/ and test/<class>/, or the unpacked"
+            " archive cifar-10-batches-py; pass another root, or download=True"
+        )
     fix_torchvision()
     try:
         from torchvision.datasets import CIFAR10
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"{root}: got no folder train; need it, or torchvision for the CIFAR-10 archive;"
-            " pass another root, or pip install torchvision"
+            f"{root}: got no torchvision; need it to read or fetch the CIFAR-10 archive;"
+            " pip install torchvision"
         ) from error
 
     def load(train: bool) -> tuple[Split, tuple[str, ...]]:
@@ -337,8 +343,8 @@ def _cifar10_archive(
             found = CIFAR10(str(root), train=train, download=download and train)
         except (OSError, RuntimeError) as error:
             raise ValueError(
-                f"{root}: got {_line(error)}; need train/<class>/ and test/<class>/, or the"
-                " CIFAR-10 archive; pass another root, or download=True"
+                f"{root}: got {_line(error)}; need the CIFAR-10 archive as published; delete"
+                " what is there, and pass download=True"
             ) from error
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(found.targets)), tuple(found.classes)
@@ -417,10 +423,10 @@ def _read_image(path: Path, size: tuple[int, int] | None, resize: bool = False) 
                 pixels = pixels.resize(size[::-1], Image.Resampling.BILINEAR)
             return np.asarray(pixels).transpose(2, 0, 1)
     except Exception as error:  # a damaged file can raise nearly anything in a decoder
-        wanted = f"{size[0]}x{size[1]} pixels" if size else "pixels"
+        wanted = f"{size[0]}x{size[1]}" if size else "one size"
         raise ValueError(
-            f"{path}: got {_line(error)}; need an image of {wanted}, 8 bits per channel; replace"
-            " or remove it (image_folder(image_size=...) resizes)"
+            f"{path}: got {_line(error)}; need 8-bit pixels, {wanted} for all images; replace or"
+            " remove it (image_folder(image_size=...) resizes)"
         ) from error
 
 
@@ -450,7 +456,7 @@ def _load_split(
     labels = torch.arange(len(files)).repeat_interleave(torch.tensor([len(f) for f in files]))
     flat = [path for of_class in files for path in of_class]
     listing = "".join(f"{f.parent.name}/{f.name} {f.stat().st_size}\n" for f in flat)
-    source = hashlib.sha256(listing.encode()).hexdigest()
+    source = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
     kind = f"{split}-{size[0]}x{size[1]}-{'resized' if resize else 'native'}"
     for folder in caches:
         images = _read_cache(folder / f"{kind}-{source[:16]}.npy", source)
@@ -524,7 +530,7 @@ def _write_cache(folder: Path, kind: str, source: str, images: np.ndarray) -> No
         note = json.dumps(record, indent=1).encode()
         _replace(path.with_suffix(".json"), lambda file: file.write(note))
         for old in folder.glob(f"{kind}-*"):
-            if old.stem != path.stem:
+            if old.stem != path.stem and old.suffix in {".npy", ".json"}:
                 old.unlink(missing_ok=True)
     except OSError as error:
         raise ValueError(

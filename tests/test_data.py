@@ -191,6 +191,7 @@ def test_toy_images_have_the_sizes_asked_for():
 def test_toy_images_depend_on_the_seed_alone():
     one, again, other = (data.toy_images(seed=seed) for seed in (5, 5, 6))
     assert torch.equal(one.train.images, again.train.images)
+    assert torch.equal(one.load_test().images, one.load_test().images)
     assert torch.equal(one.test.images, again.test.images)
     assert not torch.equal(one.train.images, other.train.images)
     assert not torch.equal(one.train.images[:32], one.val.images)
@@ -500,7 +501,7 @@ def deepen(place: str) -> Callable[[Path], None]:
         (write("train/bee/03.png", b""), "train/bee/03.png: got"),
         (write("train/bee/03.png", b"\x89PNG\r\n\x1a\n" + bytes(50)), "train/bee/03.png: got"),
         (halve("train/bee/03.png"), "train/bee/03.png: got"),
-        (enlarge("train/bee/03.png"), "train/bee/03.png: got 8x9 pixels; need an image of 6x9"),
+        (enlarge("train/bee/03.png"), "train/bee/03.png: got 8x9 pixels; need 8-bit pixels, 6x9"),
         (deepen("train/bee/03.png"), "train/bee/03.png: got I;16 pixels"),
     ],
 )
@@ -580,6 +581,19 @@ def test_cifar10_reads_the_verified_archive(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(ValueError, match="corrupted") as error:
         data.cifar10(tmp_path)
     assert "download=True" in one_line(error)
+
+
+def test_a_folder_without_cifar10_is_one_line(tmp_path: Path):
+    with pytest.raises(ValueError, match="got no CIFAR-10") as error:
+        data.cifar10(tmp_path)
+    assert "download=True" in one_line(error)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_a_download_without_a_network_is_one_line(tmp_path: Path):
+    with pytest.raises(ValueError, match="need the CIFAR-10 archive") as error:
+        data.cifar10(tmp_path / "new", download=True)
+    one_line(error)
 
 
 # Augmentation
@@ -711,12 +725,12 @@ def run_python(code: str, first: Path | None = None) -> str:
     return done.stdout.strip()
 
 
-def write_torchvision(place: Path, library: bytes, first_line: str) -> Path:
-    """A package torchvision with a compiled library of that content."""
+def write_torchvision(place: Path, library: bytes, code: str) -> Path:
+    """A package torchvision with a compiled library of that content, which runs ``code``."""
     package = place / "torchvision"
     package.mkdir()
     (package / "_C.so").write_bytes(library)
-    (package / "__init__.py").write_text(f"import torch\n{first_line}\n")
+    (package / "__init__.py").write_text(f"import torch\n{code}\n")
     return place
 
 
@@ -739,7 +753,10 @@ def test_the_installed_torchvision_imports_and_runs():
 
 
 def test_a_sound_torchvision_is_left_to_declare_its_operators(tmp_path: Path):
-    declares = "torch.library.define('torchvision::nms', '(Tensor a, Tensor b, float c) -> Tensor')"
+    declares = (
+        "torch.ops.load_library(__file__.replace('__init__.py', '_C.so'))\n"
+        "torch.library.define('torchvision::nms', '(Tensor a, Tensor b, float c) -> Tensor')"
+    )
     library = Path(torch._C.__file__).read_bytes()  # any library that loads
     out = run_python(
         """
@@ -762,16 +779,16 @@ def test_a_torchvision_whose_library_cannot_load_finds_its_operators(tmp_path: P
         """
         import importlib.util
         import torch
-        import dnal_mini.data as data
-
-        find_spec, importlib.util.find_spec = importlib.util.find_spec, lambda name: None
-        data.fix_torchvision()  # as if torchvision were not installed: nothing happens
-        importlib.util.find_spec = find_spec
-        assert not hasattr(torch.ops.torchvision, "nms")
         try:
             import torchvision
         except RuntimeError as error:
             print(error)
+        find_spec = importlib.util.find_spec
+        importlib.util.find_spec = lambda name: None
+        import dnal_mini.data as data
+        data.fix_torchvision()  # as if torchvision were not installed: nothing happens
+        assert not hasattr(torch.ops.torchvision, "nms")
+        importlib.util.find_spec = find_spec
         data.fix_torchvision()  # helps after a failed import too
         import torchvision
         print(torchvision.__name__)
