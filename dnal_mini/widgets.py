@@ -434,11 +434,51 @@ def gate_figure(s: ArrayLike, deltas: Iterable[float]) -> SliderFigure:
     return SliderFigure(
         [
             Axes("The sigmoid becomes a switch", "s", "p", (-reach, reach), (0, 1)),
-            Axes(f"All {len(s):,} gates choose a side", "gate p", "share of the gates", (0, 1), (0, 1)),
+            Axes(
+                f"All {len(s):,} gates choose a side",
+                "gate p",
+                "share of the gates",
+                (0, 1),
+                (0, 1),
+            ),
         ],
         draw,
         deltas,
         label="steepness δ",
         alt="A sigmoid turns into a switch as δ grows, and the gates gather at 0 and 1.",
         scale="log",
+    )
+
+
+def price_figure(
+    share: ArrayLike, paths: dict[str, Sequence[ArrayLike]], deltas: Sequence[float]
+) -> SliderFigure:
+    """Gates over gain / price under a slider for the epoch, for the two forms of the price.
+
+    ``share``: gain / price, one channel each. ``paths``: for "paper" and "code" the ``s`` of all
+    channels after each epoch. ``deltas``: delta of each epoch.
+    """
+    ink: dict[str, tuple[Colour, bool]] = {"paper": ("blue", False), "code": ("vermilion", True)}
+    share = np.asarray(share, dtype=np.float64)
+    span = (float(share.min()), float(share.max()))
+    every = np.concatenate([np.asarray(s) for path in paths.values() for s in path])
+    reach = (float(every.min()) * 1.1, float(every.max()) * 1.1)
+
+    def draw(epoch: float) -> Frame:
+        delta = deltas[int(epoch) - 1]
+        s = {form: np.asarray(path[int(epoch) - 1], dtype=float) for form, path in paths.items()}
+        p = {form: 0.5 * (1 + np.tanh(delta * s[form] / 2)) for form in s}
+        panels = [[Line(share, q[f], f"{f} form", *ink[f]) for f in s] for q in (p, s)]
+        return Frame(panels, f"epoch {epoch:g} of {len(deltas)} · δ = {delta:,.4g}")
+
+    return SliderFigure(
+        [
+            Axes("The paper's price: open if worth it", "gain / price", "gate p", span, (0, 1)),
+            Axes("The scripts' price holds s near 0", "gain / price", "s", span, reach),
+        ],
+        draw,
+        range(1, len(deltas) + 1),
+        label="epoch",
+        alt="Gates over gain divided by price; the paper's form opens those above 1.",
+        scale="steps",
     )
