@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 
-from dnal_mini import __version__, runlog
+from dnal_mini import runlog
 
 if TYPE_CHECKING:
     from dnal_mini.search import SearchConfig
@@ -47,9 +47,10 @@ def main(argv: list[str] | None = None) -> int:
             if not words or words[0] in ("-h", "--help"):
                 print(USAGE, end="")
             elif words[0] == "--version":
-                print(f"dnal_mini {__version__}")
+                print(", ".join(f"{name} {found}" for name, found in runlog.versions().items()))
             else:
                 commands[_known(words[0], commands, "command")](words[1:])
+            sys.stdout.flush()  # here, where a closed pipe can be caught
         except BrokenPipeError:  # the reader, e.g. head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (ValueError, OSError) as error:
@@ -112,20 +113,13 @@ def _resume(words: list[str]) -> None:
     if runlog.summary(paths[0])["finished"]:
         print(runlog.final_table(paths[0]))
         return
-    types = get_type_hints(SearchConfig)
-    settings = {
-        _known(name, types, "field"): _typed(name, value, types[name])
-        for name, value in _settings(paths[0] / "config.json").items()
-    }
-    _search(SearchConfig(**settings), paths[0])
-
-
-def _settings(path: Path) -> dict[str, Any]:
-    """The settings in a run's folder; the record's do not tell where the data lies."""
-    try:
-        return dict(json.loads(path.read_bytes()))
+    path, types = paths[0] / "config.json", get_type_hints(SearchConfig)
+    try:  # not the record's settings: they do not tell where the data lies
+        stored = dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"got {path} ({error}); need a run's settings; do start it anew") from None
+    names = [_known(name, types, "field") for name in stored]
+    _search(SearchConfig(**{n: _typed(n, stored[n], types[n]) for n in names}), paths[0])
 
 
 def _report(words: list[str]) -> None:
@@ -274,23 +268,18 @@ def _hash(config: "SearchConfig") -> str:
 
 
 def _print_fields(config: "SearchConfig") -> None:
-    """tyro's help page: every field with its values and what it is for."""
+    """tyro's help page: every field with its value in this recipe and what it is for."""
     import tyro
 
-    def run(recipe: tyro.conf.Positional[str], config: Any, out: str) -> None:
-        """Train, learn the width, cut, fine-tune. Progress goes to stderr, results to stdout.
-
-        Args:
-            recipe: See dnal recipes.
-            config: Fields of the recipe.
-            out: Folder of the run; without it one is named in runs/.
-        """
-
-    run.__annotations__["config"] = type(config)
-    run.__defaults__ = (config.name, config, "")
-    quiet = (tyro.conf.FlagConversionOff, tyro.conf.OmitArgPrefixes)
     with contextlib.suppress(SystemExit):
-        tyro.cli(run, args=["--help"], prog="dnal run", config=quiet)
+        tyro.cli(
+            type(config),
+            default=config,
+            args=["--help"],
+            prog="dnal run [RECIPE] [--out DIR]",
+            description=f"The recipe {config.name}, with its settings. Results go to stdout.",
+            config=(tyro.conf.FlagConversionOff,),
+        )
 
 
 def _known(word: str, names: Iterable[str], what: str) -> str:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +171,7 @@ def describe_run(device: str = "cpu") -> Row:
     """Versions, commit, device and time of writing: what a reader needs to repeat a run."""
     commit, dirty = _commit()
     return {
-        "versions": _versions(),
+        "versions": versions(),
         "commit": commit,
         "dirty": dirty,
         "device": _device(device),
@@ -179,11 +179,12 @@ def describe_run(device: str = "cpu") -> Row:
     }
 
 
-def _versions() -> dict[str, str | None]:
-    """Installed versions, read from the package index data so that nothing is imported for it."""
-    from dnal_mini import __version__
-
-    found: dict[str, str | None] = {"python": platform.python_version(), "dnal_mini": __version__}
+def versions() -> dict[str, str | None]:
+    """Installed versions, read from the packages' metadata: nothing is imported for it."""
+    found = {
+        "python": platform.python_version(),
+        "dnal_mini": import_module("dnal_mini").__version__,
+    }
     for name in ("torch", "torchvision", "numpy"):
         try:
             found[name] = metadata.version(name)
@@ -371,15 +372,16 @@ def final_table(rows_or_path: list[Row] | str | Path, markdown: bool = False) ->
 def _caption(found: Row) -> str:
     """What was run, where, and how long each stage took, in lines of one screen."""
     device, commit = found["device"] or {}, found["commit"] or "unknown"
-    seconds = {key: value for key, value in (found["seconds"] or {}).items() if value is not None}
+    seconds = {key: value for key, value in (found["seconds"] or {}).items() if value}
+    dense = "trained on as long" if found["dense_is"] == "baseline" else "that of the weight stage"
     sentences = (
         f"{found['name']}: {found['model']}, gate price {shown(found['gate_price'], 'g')}, "
         f"seed {found['seed']}, commit {commit[:10]}.",
         f"On {device.get('name')}, {device.get('threads')} threads: "
         + ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
         + ".",
-        f"Weight stage {shown(found['weight_stage_accuracy'], '.2%')}, with hard gates "
-        f"{shown(found['hard_accuracy'], '.2%')}; dense: {found['dense_is'] or 'not told'}.",
+        f"Test accuracy after the weight stage {shown(found['weight_stage_accuracy'], '.2%')}, "
+        f"with hard gates {shown(found['hard_accuracy'], '.2%')}; the dense network is {dense}.",
     )
     return "\n".join(textwrap.fill(line, COLUMNS_OF_A_SCREEN) for line in sentences)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import dnal_mini
 from dnal_mini import runlog, search
 from dnal_mini.__main__ import Display, main
 from dnal_mini.recipes import RECIPES
@@ -191,6 +192,11 @@ def test_help_names_the_commands(words: list[str], capsys: pytest.CaptureFixture
     assert output.err == ""
 
 
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]):
+    assert main(["--version"]) == 0
+    assert f"dnal_mini {dnal_mini.__version__}," in capsys.readouterr().out
+
+
 def test_help_for_run_lists_every_field_with_the_values_of_the_recipe(
     capsys: pytest.CaptureFixture[str],
 ):
@@ -290,6 +296,37 @@ def test_a_run_without_a_result_is_resumed_with_its_own_settings(
     assert main(shlex.split(line.partition("dnal resume")[2].join(["resume", ""]))) == 0
     assert ran.calls[1] == ran.calls[0]
     assert "97.22%" in capsys.readouterr().out
+
+
+def test_a_real_run_stopped_in_its_second_stage_goes_on_to_the_same_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    words = "run --data toy --val 17 --width 0.05 --batch 64 --baseline false --arch-epochs 2"
+    words += " --weight-epochs 1 --fine-tune-epochs 1 --out"
+    assert main([*words.split(), "whole"]) == 0
+    shown = Display.show
+
+    def stop(self: Display, row: runlog.Row) -> None:
+        shown(self, row)
+        if row.get("stage") == "arch_stage":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Display, "show", stop)
+        assert main([*words.split(), "stopped"]) == 130
+    assert capsys.readouterr().err.endswith(
+        "dnal: interrupted after arch_stage epoch 1; continue with: dnal resume stopped\n"
+    )
+    assert main(["resume", "stopped"]) == 0
+    assert capsys.readouterr().out == runlog.final_table("stopped") + "\n"
+    whole, stopped = (runlog.read(out) for out in ("whole", "stopped"))
+    assert stopped[-1]["kind"] == "result"
+    same = ("stage", "epoch", "loss", "val_accuracy", "kept")
+    epochs = [
+        [[row.get(key) for key in same] for row in runlog.epochs(r)] for r in (whole, stopped)
+    ]
+    assert epochs[0] == epochs[1]
+    assert "another" in refusal(capsys, *words.split(), "whole", "--seed", "5")
 
 
 def test_an_interrupt_before_the_first_row_says_that_nothing_was_written(
