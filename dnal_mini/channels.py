@@ -3,7 +3,9 @@
 Pruning is dead-code elimination on channels. Two facts are computed for every channel of every
 tensor of the traced network:
 
-* forward, from the input: the channel is provably ``ZERO``, provably ``CONSTANT``, or ``LIVE``;
+* forward, from the input: the channel is provably ``ZERO``, ``CONSTANT`` (one value everywhere),
+  ``FIXED`` (the same for every image, but not over its pixels: a constant that met a padded
+  border), or ``LIVE``;
 * backward, from the output: somebody *needs* the channel, or nobody does.
 
 A channel that is zero or unneeded can go. An operation that is not known here is a wall: all that
@@ -23,7 +25,7 @@ from torch.nn import functional as F
 
 from dnal_mini.gate import is_activation, trace
 
-ZERO, CONSTANT, LIVE = 0, 1, 2
+ZERO, CONSTANT, FIXED, LIVE = 0, 1, 2, 3
 
 
 class ChannelMap(nn.Module):
@@ -66,8 +68,8 @@ class ChannelMap(nn.Module):
 class Facts:
     """What is known of one tensor, per channel (all vectors: (channels,))."""
 
-    state: Tensor  # ZERO, CONSTANT or LIVE
-    value: Tensor  # the constant, float64, in eval mode; 0 where live
+    state: Tensor  # ZERO, CONSTANT, FIXED or LIVE
+    value: Tensor  # the constant, float64, in eval mode; 0 where there is none
     needed: Tensor  # bool
     layout: int  # tensors with the same layout hold the same channels in the same order
     columns: int = 1  # entries per channel: height * width after a flatten
@@ -88,19 +90,23 @@ class Analysis:
     walls: list[str] = field(default_factory=list)
     scatters: set[fx.Node] = field(default_factory=set)  # branch ends that may keep a subset
     pinned: set[int] = field(default_factory=set)  # layouts that keep every channel
+    residual: str = "scatter"
 
     def module(self, node: fx.Node) -> nn.Module:
         """The module that a call_module node calls."""
         return self.graph.get_submodule(str(node.target))
 
-    def layout_keep(self, layout: int) -> Tensor:
-        """Channels that at least one tensor of a layout must hold: bool (channels,)."""
-        members = [f for f in self.facts.values() if f.layout == layout]
-        kept = torch.stack([f.kept for f in members]).any(0)
-        return torch.ones_like(kept) if layout in self.pinned else kept
+    def keeps(self) -> dict[int, Tensor]:
+        """For each layout the channels that at least one of its tensors must hold: bool masks."""
+        keeps: dict[int, Tensor] = {}
+        for facts in self.facts.values():
+            pinned = facts.layout in self.pinned
+            kept = torch.ones_like(facts.kept) if pinned else facts.kept
+            keeps[facts.layout] = keeps.get(facts.layout, torch.zeros_like(kept)) | kept
+        return keeps
 
     def output_is_constant(self) -> bool:
-        """True if the network's output no longer depends on its input."""
+        """True if the network's output is the same for every image."""
         (output,) = (n for n in self.graph.graph.nodes if n.op == "output")
         return all(bool((self.facts[n].state != LIVE).all()) for n in output.all_input_nodes)
 
@@ -122,7 +128,7 @@ def analyse(
     graph = trace(net)
     _measure_shapes(graph, image_shape)
     kinds = _kinds(graph)
-    analysis = Analysis(graph, kinds, {})
+    analysis = Analysis(graph, kinds, {}, residual=residual)
     for node in graph.graph.nodes:
         if shape_of(node) is None:
             continue
@@ -132,7 +138,7 @@ def analyse(
             analysis.facts[node].value.zero_()
     for node in reversed(list(graph.graph.nodes)):
         _backward(node, analysis)
-    _layouts(analysis, residual)
+    _layouts(analysis)
     return analysis
 
 
@@ -250,7 +256,7 @@ def _forward(node: fx.Node, analysis: Analysis) -> Facts:
             padded = getattr(analysis.module(node), "padding", 0) if node.op == "call_module" else 0
             state = x.state if padded in (0, (0, 0)) else x.state.clone()
             if state is not x.state:  # a padded mean of a constant differs at the border
-                state[state == CONSTANT] = LIVE
+                state[state == CONSTANT] = FIXED
             return _facts(state.clone(), x.value.clone(), x.columns)
         case "flatten":
             columns = math.prod(shape_of(node.all_input_nodes[0])[2:])
@@ -267,9 +273,9 @@ def _facts(state: Tensor, value: Tensor | None = None, columns: int = 1) -> Fact
 
 
 def _known(state: Tensor, value: Tensor, columns: int = 1) -> Facts:
-    """Facts where whatever is not live has a known value: zero or another constant."""
-    state = torch.where(state == LIVE, LIVE, torch.where(value == 0, ZERO, CONSTANT))
-    return _facts(state, value.masked_fill(state == LIVE, 0), columns)
+    """Facts where whatever is neither live nor fixed has a known value: zero or another."""
+    state = torch.where(state >= FIXED, state, torch.where(value == 0, ZERO, CONSTANT))
+    return _facts(state, value.masked_fill(state >= FIXED, 0), columns)
 
 
 def _apply(node: fx.Node, analysis: Analysis, value: Tensor) -> Tensor:
@@ -295,12 +301,11 @@ def _forward_weights(module: nn.Module, x: Facts, kind: str) -> Facts:
         per_channel = weight.reshape(len(weight), len(x.state), -1)
         uses, sums = (per_channel != 0).any(2), per_channel.sum(2)
         state, value = x.state[None], x.value[None]
-    padded = any(p != 0 for p in getattr(module, "padding", (0,)))
-    live = (uses & (state == LIVE)).any(1)
-    if padded:  # a constant meets the zero padding at the border
-        live |= (uses & (state == CONSTANT)).any(1)
+    state = torch.where(uses, state, ZERO).amax(1)
+    if any(p != 0 for p in getattr(module, "padding", (0,))):
+        state = torch.where(state == CONSTANT, FIXED, state)  # it meets the padding at the border
     total = (sums * value).sum(1) + bias.double().cpu()
-    return _known(torch.where(live, LIVE, CONSTANT), total)
+    return _known(state, total)
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
@@ -318,13 +323,13 @@ def _forward_norm(norm: nn.Module, x: Facts) -> Facts:
     A constant that comes in is ``beta`` in train mode and shifted in eval mode (value: eval).
     """
     gamma, beta = _affine(norm)
-    state = torch.where(gamma == 0, CONSTANT, torch.where(x.state == LIVE, LIVE, CONSTANT))
+    state = torch.where(gamma == 0, CONSTANT, x.state)
     value = beta.clone()
     if norm.running_mean is not None:
         mean, variance = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
         value = beta + gamma * (x.value - mean) / torch.sqrt(variance + norm.eps)
     else:
-        state = torch.where((gamma != 0) & (x.state != LIVE), LIVE, state)
+        state = torch.where((gamma != 0) & (x.state < FIXED), FIXED, state)
     facts = _known(state, torch.where(gamma == 0, beta, value), x.columns)
     leaks = (facts.state == ZERO) & (gamma != 0)  # zero in eval mode only: not to be cut
     facts.state[leaks] = CONSTANT
@@ -364,7 +369,7 @@ def _backward(node: fx.Node, analysis: Analysis) -> None:
 # --- layouts: which tensors hold the same channels ------------------------------------------
 
 
-def _layouts(analysis: Analysis, residual: str) -> None:
+def _layouts(analysis: Analysis) -> None:
     """Join tensors that must hold the same channels; find the branch ends that may hold fewer."""
     nodes = list(analysis.facts)
     parent = {node: node for node in nodes}
@@ -384,7 +389,7 @@ def _layouts(analysis: Analysis, residual: str) -> None:
                 analysis.walls.append(f"{node.target} ({node.name})")
         elif kind not in ("conv", "linear", "map"):
             for x in inputs:
-                may_end = residual == "scatter" or not analysis.facts[x].kept.any()
+                may_end = analysis.residual == "scatter" or not analysis.facts[x].kept.any()
                 if kind == "add" and may_end and _ends_branch(x, analysis):
                     analysis.scatters.add(x)
                 else:

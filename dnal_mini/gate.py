@@ -268,26 +268,34 @@ def delta_schedule(epochs: int, form: Objective = "paper", delta_max: float = 1e
     return [delta_max ** (i / (epochs - 1)) for i in range(epochs)]
 
 
-def open_gates(
-    net: nn.Module, objective: Objective = "paper", floors: Mapping[str, float] | None = None
-) -> Tensor:
+def open_gates(net: nn.Module, objective: Objective = "paper") -> Tensor:
     """The number that ``gate_price`` multiplies: a scalar with gradient, summed over all gates.
 
     "paper": sum of ``sigmoid(delta * s)``; "code": sum of ``sigmoid(s)`` (delta left out, as in
-    the authors' scripts). A gate named in ``floors`` is not charged while the sum of its
-    ``sigmoid(delta * s)`` is at or below its floor (a number of channels).
+    the authors' scripts).
 
-    Source: Guo et al. 2022, eq. 7 [guo2022dnal]. Differs: ``floors``, which keep a layer alive.
+    Source: Guo et al. 2022, eq. 7 [guo2022dnal].
     """
-    floors = floors or {}
-    terms = []
+    every = [
+        gate.p if objective == "paper" else torch.sigmoid(gate.s) for gate in gates(net).values()
+    ]
+    return torch.cat(every).sum()
+
+
+@torch.no_grad()
+def hold_floors(net: nn.Module, floors: Mapping[str, int], margin: float = 1e-3) -> None:
+    """Keep at least ``floors[name]`` gates of a layer at s >= 0, by shifting the layer's s, in place.
+
+    If the k-th largest s of a layer has fallen below 0, all of them are raised until it is at
+    ``margin``. A common shift is what a lower price for this layer would have done: which of its
+    channels are the better ones does not change.
+
+    Differs: not in the paper, where a layer can close as a whole and take the network with it.
+    """
     for name, gate in gates(net).items():
-        term = (gate.p if objective == "paper" else torch.sigmoid(gate.s)).sum()
         if name in floors:
-            held = gate.p.detach().sum() <= floors[name]
-            term = torch.where(held, term.detach(), term)
-        terms.append(term)
-    return torch.stack(terms).sum()
+            kth = gate.s.topk(floors[name]).values[-1]
+            gate.s += torch.where(kth < 0, margin - kth, 0.0)
 
 
 def gate_report(net: nn.Module, bins: int = 10) -> dict[str, dict]:

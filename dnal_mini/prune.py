@@ -113,7 +113,7 @@ def _cost(net: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
     return dict(vars(cost(net, image_shape)))
 
 
-# --- gates out -------------------------------------------------------------------------------
+# --- gates out --------------------------------------------------------------------------------------
 
 
 def drop_gates(net: nn.Module) -> nn.Module:
@@ -176,7 +176,7 @@ def _scale(layer: nn.Module | None, gain: Tensor, name: str) -> None:
         layer.bias[~gain] = 0
 
 
-# --- the plan: what happens to each submodule ---------------------------------------------------
+# --- the plan: what happens to each submodule -------------------------------------------------------
 
 
 def plan(analysis: Analysis) -> tuple[dict[str, dict], Report]:
@@ -187,7 +187,7 @@ def plan(analysis: Analysis) -> tuple[dict[str, dict], Report]:
     "stride"} for the end of a branch that is gone, {"gone"} for the rest of such a branch.
     """
     report = Report(walls=list(analysis.walls))
-    keep = {f.layout: analysis.layout_keep(f.layout) for f in analysis.facts.values()}
+    keep = analysis.keeps()
     nodes = [n for n in analysis.facts if n.op == "call_module"]
     for node in reversed(nodes):  # consumers first: they decide whether a dead layer keeps one
         _revive(node, analysis, keep, report)
@@ -209,7 +209,7 @@ def _revive(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor], report: 
     """A layer that stays needs an input: its dead input layout keeps one channel."""
     facts = analysis.facts[node]
     if node in analysis.scatters and not keep[facts.layout].any():
-        if _branch_stride(node, analysis) is None:
+        if _branch_stride(node, analysis, keep) is None:
             keep[facts.layout][0] = True  # its image cannot be had by striding: keep a zero channel
         return
     if not keep[facts.layout].any() or analysis.kinds[node] not in ("conv", "linear", "map"):
@@ -221,13 +221,10 @@ def _revive(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor], report: 
         report.notes.append(f"all dead: the input of {node.target} keeps 1 of {total} channels")
 
 
-def _branch_stride(end: fx.Node, analysis: Analysis) -> int | None:
+def _branch_stride(end: fx.Node, analysis: Analysis, keep: dict[int, Tensor]) -> int | None:
     """Stride that gives a dead branch's image from the image that enters it, if one does."""
     start = end
-    while analysis.kinds[start] != "add" and len(start.all_input_nodes) == 1:
-        layout = analysis.facts[start].layout
-        if analysis.layout_keep(layout).any() or start.op == "placeholder":
-            break
+    while not keep[analysis.facts[start].layout].any() and start.op != "placeholder":
         start = start.all_input_nodes[0]
     before, after = shape_of(start)[2:], shape_of(end)[2:]
     stride = max(1, round(before[0] / after[0]))
@@ -243,7 +240,7 @@ def _entry(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor]) -> dict[s
     if not out.any():
         if own_place:
             width = int(keep[analysis.facts[next(iter(node.users))].layout].sum())
-            stride = _branch_stride(node, analysis)
+            stride = _branch_stride(node, analysis, keep)
             return {"zeros": width, "stride": stride} if width else {"gone": True}
         return {"gone": True}
     entry: dict[str, Any] = {}
@@ -252,23 +249,25 @@ def _entry(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor]) -> dict[s
     before = analysis.facts[node.all_input_nodes[0]]
     given = keep[before.layout]
     if kind in ("conv", "linear"):
-        used = given & before.kept if kind == "conv" else given
+        may_gather = kind == "conv" and analysis.residual == "scatter"
+        used = given & before.kept if may_gather else given
         if not used.any():
             used = torch.zeros_like(given)
             used[int(given.nonzero()[0])] = True
         if not used.all():
             entry["in"] = _indices(used)
         if not torch.equal(used, given):
-            entry["gather"] = _places(used, given)
+            entry["gather"] = _places(given)[used].tolist()
         if before.columns > 1:
             entry["columns"] = before.columns
     elif kind == "map":
         source = analysis.module(node).source[out]
-        entry["source"] = [_place(int(i), given) for i in source]
+        places = _places(given)[source.clamp(min=0)]
+        entry["source"] = torch.where(source < 0, -1, places).tolist()
     if own_place:
         into = keep[analysis.facts[next(iter(node.users))].layout]
         if not torch.equal(into, out):
-            entry["scatter"] = [_place(int(i), out) for i in into.nonzero()[:, 0]]
+            entry["scatter"] = _places(out)[into].tolist()
     if kind in ("conv", "linear") and not set(entry) - {"columns"}:
         return {}
     return entry
@@ -278,13 +277,9 @@ def _indices(mask: Tensor) -> list[int]:
     return mask.nonzero()[:, 0].tolist()
 
 
-def _place(channel: int, kept: Tensor) -> int:
-    """Position of a channel among the kept ones; -1 if it is not one of them."""
-    return int(kept[:channel].sum()) if channel >= 0 and bool(kept[channel]) else -1
-
-
-def _places(channels: Tensor, kept: Tensor) -> list[int]:
-    return [_place(i, kept) for i in _indices(channels)]
+def _places(kept: Tensor) -> Tensor:
+    """For every channel its position among the kept ones; -1 if it is not one of them."""
+    return torch.where(kept, kept.cumsum(0) - 1, -1)
 
 
 def _report_row(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor]) -> dict[str, Any]:
@@ -309,7 +304,7 @@ def _report_row(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor]) -> d
     }
 
 
-# --- the surgery -----------------------------------------------------------------------------------
+# --- the surgery ------------------------------------------------------------------------------------
 
 
 def operate(net: nn.Module, modules: dict[str, dict]) -> None:
@@ -371,7 +366,7 @@ def _slice(layer: nn.Module, axis: int, keep: list[int], columns: int = 1) -> No
         layer.groups = layer.in_channels = len(index)
 
 
-# --- the certificate ---------------------------------------------------------------------------
+# --- the certificate --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -391,7 +386,7 @@ def largest_difference(
     return difference, difference / max(float(expected.abs().max()), 1e-300)
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------
 
 
 def save(small: Pruned, path: str | os.PathLike) -> None:
@@ -440,9 +435,7 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
         module.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(
-            f"got {path} of another architecture than build() gives ({reason})"
-        ) from error
+        raise ValueError(f"got {path} of another net than build() gives ({reason})") from error
     return Pruned(module, spec, Report(**spec["report"]), spec["certificate"])
 
 

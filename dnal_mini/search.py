@@ -31,6 +31,7 @@ from dnal_mini.gate import (
     delta_schedule,
     gate_report,
     gates,
+    hold_floors,
     open_gates,
     set_gates,
     weight_parameters,
@@ -114,7 +115,7 @@ class SearchConfig:
     bn_mode: Literal["batch", "running"] = "batch"
     """BatchNorm statistics in stage 2: of the batch, as in the authors' scripts, or running."""
     floor: float = 0.0
-    """Share of the channels of a vital layer that the price may not close; 0: only the last one."""
+    """Share of a vital layer's channels that is held open, at least one channel."""
     residual: Residual = "scatter"
     """How a pruned residual branch joins its trunk."""
     weights_from: str = ""
@@ -185,7 +186,7 @@ def arch_stage(net: nn.Module, data: ImageSet, config: SearchConfig, **loop: Any
     layer that is about to close as a whole.
 
     Source: Guo et al. 2022, Algorithm 1, lines 6-11, eq. 7 [guo2022dnal].
-    Differs: the price leaves a vital layer alone at its floor.
+    Differs: a vital layer is held at its floor of open gates (``hold_floors``).
     """
     deltas = delta_schedule(config.arch_epochs, config.delta_form, config.delta_max)
     floors = collapse_floors(net, data.image_shape, config.floor)
@@ -197,16 +198,18 @@ def arch_stage(net: nn.Module, data: ImageSet, config: SearchConfig, **loop: Any
     with torch.no_grad():
         for s in arch_parameters(net):
             s.zero_()
+    optimizer = _sgd(trained, config, weight_decay=0)
+    optimizer.register_step_post_hook(lambda *_: hold_floors(net, floors, 10 / config.delta_max))
     with only_training(net, trained):
         rows = _epochs(
             "arch_stage",
             net,
             data,
             config,
-            _sgd(trained, config, weight_decay=0),
+            optimizer,
             constant(config.arch_lr),
             before_epoch=lambda epoch: set_gates(net, delta=deltas[epoch - 1]),
-            price=lambda: config.gate_price * open_gates(net, config.objective, floors),
+            price=lambda: config.gate_price * open_gates(net, config.objective),
             bn_mode=config.bn_mode,
             measure=lambda: _gates_now(net, data, config),
             **loop,
@@ -327,7 +330,7 @@ def _gates_now(net: nn.Module, data: ImageSet, config: SearchConfig) -> Row:
 
 def collapse_floors(
     net: nn.Module, image_shape: tuple[int, int, int], floor: float
-) -> dict[str, float]:
+) -> dict[str, int]:
     """Channels that each vital gate must leave open, by gate name: at least 1.
 
     A gate is vital if the network's output no longer depends on its input once all of its
@@ -344,11 +347,11 @@ def collapse_floors(
     plain = drop_gates(opened)
     for name, gate in gates(net).items():
         if analyse(plain, image_shape, zeroed={sites[name]}).output_is_constant():
-            floors[name] = max(1.0, floor * len(gate.s))
+            floors[name] = max(1, math.ceil(floor * len(gate.s)))
     return floors
 
 
-def _collapse_warnings(row: Row, floors: dict[str, float]) -> Iterator[Row]:
+def _collapse_warnings(row: Row, floors: dict[str, int]) -> Iterator[Row]:
     """A row of kind "warning" for the vital layers that are at their floor or closed."""
     low = [
         f"{name} ({row['layers'][name]['open']} of {row['layers'][name]['channels']} open)"
@@ -356,12 +359,13 @@ def _collapse_warnings(row: Row, floors: dict[str, float]) -> Iterator[Row]:
         if row["layers"][name]["open"] <= floor
     ]
     if low:
-        text = f"at the floor, the price no longer closes channels there: {', '.join(low)}"
+        why = "held at the floor, or the layer would close as a whole; a lower gate_price helps"
+        text = f"{why}: {', '.join(low)}"
         yield {"kind": "warning", "stage": row["stage"], "epoch": row["epoch"], "text": text}
 
 
 @torch.no_grad()
-def keep_alive(net: nn.Module, floors: dict[str, float]) -> dict[str, int]:
+def keep_alive(net: nn.Module, floors: dict[str, int]) -> dict[str, int]:
     """Open the gates with the largest s where a vital layer has fewer open than its floor.
 
     Changes ``net``; returns the number of gates opened by name. So a layer never closes as a
@@ -369,7 +373,7 @@ def keep_alive(net: nn.Module, floors: dict[str, float]) -> dict[str, int]:
     """
     opened = {}
     for name, gate in gates(net).items():
-        missing = math.ceil(floors.get(name, 0)) - int(gate.is_open.sum())
+        missing = floors.get(name, 0) - int(gate.is_open.sum())
         if missing > 0:
             closed = gate.s.masked_fill(gate.is_open, -math.inf)
             certain = (30 + abs(math.log(gate.threshold / (1 - gate.threshold)))) / gate.delta
