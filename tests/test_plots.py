@@ -1,0 +1,145 @@
+"""Static figures show the numbers of their tables, in the book's colours."""
+
+from collections.abc import Iterator
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from dnal_mini import plots
+
+STAGES = ["weight_stage"] * 5 + ["arch_stage"] * 3 + ["fine_tune"] * 2
+
+
+@pytest.fixture
+def ax() -> Iterator[plt.Axes]:
+    with mpl.rc_context():
+        plots.use_style()
+        figure, ax = plt.subplots()
+        yield ax
+        figure.canvas.draw()  # what cannot be drawn fails here
+        plt.close(figure)
+
+
+def epochs(seeds: int) -> pd.DataFrame:
+    rows = [
+        {"seed": seed, "stage": stage, "accuracy": 0.3 + 0.05 * k + 0.01 * seed, "kept": 1 - k / 20}
+        for seed in range(seeds)
+        for k, stage in enumerate(STAGES)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_curves_draw_each_group_and_order_numbers_by_shade(ax):
+    x = np.linspace(0, 1, 7)
+    table = [{"x": a, "y": a * k, "k": k} for k in (10, 1, 3) for a in x]
+    assert plots.curves(table, ax, "x", "y", "k", title="t", x_label="x", y_label="y") is ax
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["k = 1", "k = 3", "k = 10"]
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), 10 * x)
+    brightness = [np.dot(line.get_color()[:3], [0.2126, 0.7152, 0.0722]) for line in ax.lines]
+    assert brightness == sorted(brightness, reverse=True)
+
+
+def test_curves_of_names_have_the_colours_of_the_book(ax):
+    table = {"x": [0, 1, 0, 1], "y": [1, 2, 3, 5], "form": ["paper", "paper", "code", "code"]}
+    plots.curves(table, ax, "x", "y", "form", title="t", x_label="x", y_label="y")
+    found = {line.get_label(): line.get_color() for line in ax.lines}
+    assert found == {name: plots.COLOURS[name] for name in ("paper", "code")}
+
+
+def test_the_gate_histogram_shows_shares_and_leaves_empty_bins_blank(ax):
+    table = [{"delta": 1, "histogram": [0, 7, 0]}, {"delta": 31.6, "histogram": [6, 1, 3]}]
+    plots.gate_histogram(table, ax, title="t")
+    shares = ax.collections[0].get_array().reshape(3, 2)
+    np.testing.assert_allclose(shares[:, 1].filled(np.nan), [0.6, 0.1, 0.3])
+    assert shares[:, 0].filled(-1).tolist() == [-1, 1, -1]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1", "31.6"]
+
+
+def test_training_curves_show_the_median_of_the_seeds_in_percent(ax):
+    plots.training_curves(epochs(3), ax, title="t")
+    lines = {line.get_label(): line for line in ax.lines}
+    np.testing.assert_allclose(lines["accuracy"].get_ydata(), 0.31 + 0.05 * np.arange(10))
+    np.testing.assert_allclose(lines["share of gates open"].get_ydata(), 1 - np.arange(10) / 20)
+    assert len(ax.lines) == 2 * (3 + 1)
+    assert ax.yaxis.get_major_formatter()(0.5).startswith("50")
+
+
+def test_training_curves_mark_the_three_stages(ax):
+    plots.training_curves(epochs(1).drop(columns=["seed", "kept"]), ax, title="t")
+    assert len(ax.lines) == 1
+    assert [text.get_text() for text in ax.texts] == list(plots.STAGE_TITLES.values())
+    assert [text.get_position()[0] for text in ax.texts] == [3, 7, 9.5]
+
+
+def test_training_curves_refuse_seeds_of_different_lengths(ax):
+    with pytest.raises(ValueError, match="different epochs"):
+        plots.training_curves(epochs(2).iloc[:-1], ax, title="t")
+
+
+def test_widths_draw_a_pair_of_bars_for_each_layer(ax):
+    table = {"layer": ["a", "b", "c"], "before": [11, 17, 5], "after": [7, 3, 5]}
+    plots.widths(table, ax, title="t")
+    assert [bar.get_height() for bar in ax.patches] == [11, 17, 5, 7, 3, 5]
+    assert [text.get_text() for text in ax.texts] == ["7", "3", "5"]
+
+
+def test_the_trade_off_joins_medians_of_settings_on_a_log_axis(ax):
+    table = pd.DataFrame(
+        {
+            "method": ["dnal"] * 6 + ["uniform"] * 2,
+            "setting": [1, 1, 1, 2, 2, 2, 1, 2],
+            "macs": [10, 12, 11, 100, 120, 110, 13, 130],
+            "accuracy": [0.7, 0.72, 0.75, 0.9, 0.91, 0.95, 0.6, 0.8],
+        }
+    )
+    plots.trade_off(table, ax, title="t")
+    joined = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
+    assert ax.get_xscale() == "log"
+    assert joined["dnal"].get_xydata().tolist() == [[11, 0.72], [110, 0.91]]
+    assert joined["dnal"].get_color() == plots.COLOURS["dnal"]
+    assert joined["dnal"].get_marker() != joined["uniform"].get_marker()
+
+
+def test_points_show_every_value_and_count_those_that_a_log_axis_cannot(ax):
+    table = {"way": ["one"] * 4 + ["two"] * 3, "y": [1, 3, 5, 0, 10, 1000, 100]}
+    plots.points(table, ax, "way", "y", title="t", y_label="y", log=True)
+    drawn = [sorted(line.get_ydata().tolist()) for line in ax.lines]
+    assert drawn == [[1, 3, 5], [10, 100, 1000]]
+    bars = [bar.get_segments()[0][0][1] for bar in ax.collections]
+    assert bars == [3, 100]
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["one\n(1 at 0)", "two"]
+
+
+@pytest.mark.parametrize("draw", [plots.trade_off, plots.widths, plots.gate_histogram])
+def test_a_missing_column_is_named(ax, draw):
+    with pytest.raises(ValueError, match=r"got columns .*; need "):
+        draw({"other": [1]}, ax, title="t")
+
+
+def test_a_table_without_rows_is_refused(ax):
+    with pytest.raises(ValueError, match="without rows"):
+        plots.widths({"layer": [], "before": [], "after": []}, ax, title="t")
+
+
+def test_an_unknown_method_keeps_its_colour_and_the_three_stages_differ():
+    assert plots.colour("some new method") == plots.colour("some new method")
+    assert len({plots.colour(stage) for stage in plots.STAGE_TITLES}) == 3
+
+
+def test_the_style_draws_dark_ink_on_an_opaque_ground(ax):
+    assert mpl.rcParams["savefig.facecolor"] == "white"
+    assert ax.get_facecolor() == (1, 1, 1, 1)
+    assert mpl.colors.to_hex(ax.xaxis.label.get_color()) == plots.INK
+
+
+def test_figures_are_the_same_bytes_when_drawn_again(ax, tmp_path):
+    plots.widths({"layer": ["a"], "before": [3], "after": [2]}, ax, title="t")
+    for name in ("one.svg", "two.svg"):
+        ax.figure.savefig(tmp_path / name, metadata={"Date": None})
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
