@@ -17,11 +17,11 @@ import math
 import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
-from torch.nn import functional as F
 
 from dnal_mini.gate import is_activation, trace
 
@@ -40,6 +40,8 @@ class ChannelMap(nn.Module):
     """
 
     source: Tensor  # (out channels,), long
+    _to: Tensor
+    _from: Tensor
     fx_leaf = True
 
     def __init__(self, source: Sequence[int] | Tensor, stride: int = 1) -> None:
@@ -57,7 +59,7 @@ class ChannelMap(nn.Module):
             x = x[:, :, :: self.stride, :: self.stride]
         if len(self._to) == len(self.source):
             return x.index_select(1, self.source)
-        out = x.new_zeros(x.shape[0], len(self.source), *x.shape[2:])
+        out = x.new_zeros(x.shape[0], len(self.source), x.shape[2], x.shape[3])
         return out.index_copy(1, self._to, x.index_select(1, self._from))
 
     def extra_repr(self) -> str:
@@ -92,8 +94,8 @@ class Analysis:
     pinned: set[int] = field(default_factory=set)  # layouts that keep every channel
     residual: str = "scatter"
 
-    def module(self, node: fx.Node) -> nn.Module:
-        """The module that a call_module node calls."""
+    def module(self, node: fx.Node) -> Any:
+        """The module that a call_module node calls; of the class that its kind promises."""
         return self.graph.get_submodule(str(node.target))
 
     def keeps(self) -> dict[int, Tensor]:
@@ -130,7 +132,7 @@ def analyse(
     kinds = _kinds(graph)
     analysis = Analysis(graph, kinds, {}, residual=residual)
     for node in graph.graph.nodes:
-        if shape_of(node) is None:
+        if not shape_of(node):
             continue
         analysis.facts[node] = _forward(node, analysis)
         if str(node.target) in zeroed and node.op == "call_module":
@@ -142,9 +144,9 @@ def analyse(
     return analysis
 
 
-def shape_of(node: fx.Node) -> torch.Size | None:
-    """Shape of the tensor that a node returns, None if it returns anything else."""
-    return None if node.op == "output" else getattr(node.meta.get("tensor_meta"), "shape", None)
+def shape_of(node: fx.Node) -> tuple[int, ...]:
+    """Shape of the tensor that a node returns, () if it returns anything else."""
+    return () if node.op == "output" else getattr(node.meta.get("tensor_meta"), "shape", ())
 
 
 def _measure_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
@@ -231,7 +233,7 @@ def _function_kind(node: fx.Node) -> str:
     return "wall"
 
 
-# --- forward: zero, constant or live -------------------------------------------------------
+# --- forward: zero, constant or live ---------------------------------------------------------
 
 
 def _forward(node: fx.Node, analysis: Analysis) -> Facts:
@@ -286,11 +288,11 @@ def _apply(node: fx.Node, analysis: Analysis, value: Tensor) -> Tensor:
     function = (
         node.target if callable(node.target) else getattr(torch, str(node.target).rstrip("_"))
     )
-    function = F.relu if getattr(function, "__name__", "") == "relu_" else function
+    function = torch.relu if getattr(function, "__name__", "") == "relu_" else function
     return function(value.clone(), *node.args[1:], **arguments)
 
 
-def _forward_weights(module: nn.Module, x: Facts, kind: str) -> Facts:
+def _forward_weights(module: Any, x: Facts, kind: str) -> Facts:
     """Convolution or linear: zero if only zeros come in, constant if it is one everywhere."""
     weight = module.weight.detach().double().cpu()
     bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach()
@@ -308,7 +310,7 @@ def _forward_weights(module: nn.Module, x: Facts, kind: str) -> Facts:
     return _known(state, total)
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _affine(norm: Any) -> tuple[Tensor, Tensor]:
     """gamma and beta of a BatchNorm in float64; ones and zeros if it has none."""
     if not norm.affine:
         count = norm.num_features
@@ -316,7 +318,7 @@ def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return norm.weight.detach().double().cpu(), norm.bias.detach().double().cpu()
 
 
-def _forward_norm(norm: nn.Module, x: Facts) -> Facts:
+def _forward_norm(norm: Any, x: Facts) -> Facts:
     """BatchNorm: gamma = 0 leaves beta; a constant input leaves a constant that depends on mode.
 
     A channel with gamma = beta = 0 is zero in eval and in train mode: this is a closed gate.
@@ -336,7 +338,7 @@ def _forward_norm(norm: nn.Module, x: Facts) -> Facts:
     return facts
 
 
-# --- backward: needed or not ---------------------------------------------------------------
+# --- backward: needed or not -----------------------------------------------------------------
 
 
 def _backward(node: fx.Node, analysis: Analysis) -> None:
@@ -366,7 +368,7 @@ def _backward(node: fx.Node, analysis: Analysis) -> None:
                 x.needed |= needed
 
 
-# --- layouts: which tensors hold the same channels ------------------------------------------
+# --- layouts: which tensors hold the same channels -------------------------------------------
 
 
 def _layouts(analysis: Analysis) -> None:

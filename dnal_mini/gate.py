@@ -81,7 +81,7 @@ class GatedNorm(nn.Module):
 
     fx_leaf = True
 
-    def __init__(self, norm: nn.Module, gate: ScaledSigmoid, gate_first: bool = False) -> None:
+    def __init__(self, norm: nn.BatchNorm2d, gate: ScaledSigmoid, gate_first: bool = False) -> None:
         super().__init__()
         self.norm, self.gate = norm, gate
         self.gate_first = gate_first
@@ -137,14 +137,14 @@ def add_gates(
     return net
 
 
-def _gate_like(norm: nn.Module) -> ScaledSigmoid:
+def _gate_like(norm: nn.BatchNorm2d) -> ScaledSigmoid:
     """A fresh gate on the device and in the dtype of a BatchNorm."""
     like = norm.weight if norm.affine else norm.running_mean
     gate = ScaledSigmoid(norm.num_features)
     return gate.to(like) if like is not None else gate
 
 
-def _gate_after_activation(net: nn.Module, sites: dict[str, nn.Module]) -> nn.Module:
+def _gate_after_activation(net: nn.Module, sites: dict[str, nn.BatchNorm2d]) -> nn.Module:
     """Insert each gate behind the activation that follows its BatchNorm, by rewriting the graph."""
     traced = trace(net)
     for node in list(traced.graph.nodes):
@@ -284,18 +284,18 @@ def open_gates(net: nn.Module, objective: Objective = "paper") -> Tensor:
 
 @torch.no_grad()
 def hold_floors(net: nn.Module, floors: Mapping[str, int], margin: float = 1e-3) -> None:
-    """Keep at least ``floors[name]`` gates of a layer at s >= 0, by shifting the layer's s, in place.
+    """Keep at least ``floors[name]`` gates of a layer at s >= 0 by shifting its s, in place.
 
     If the k-th largest s of a layer has fallen below 0, all of them are raised until it is at
-    ``margin``. A common shift is what a lower price for this layer would have done: which of its
-    channels are the better ones does not change.
+    ``margin``. A common shift is what a lower price for this layer would have done: which of
+    its channels are the better ones does not change.
 
     Differs: not in the paper, where a layer can close as a whole and take the network with it.
     """
     for name, gate in gates(net).items():
         if name in floors:
             kth = gate.s.topk(floors[name]).values[-1]
-            gate.s += torch.where(kth < 0, margin - kth, 0.0)
+            gate.s.add_(torch.where(kth < 0, margin - kth, 0.0))
 
 
 def gate_report(net: nn.Module, bins: int = 10) -> dict[str, dict]:

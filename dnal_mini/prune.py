@@ -113,7 +113,7 @@ def _cost(net: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
     return dict(vars(cost(net, image_shape)))
 
 
-# --- gates out --------------------------------------------------------------------------------------
+# --- gates out -------------------------------------------------------------------------------
 
 
 def drop_gates(net: nn.Module) -> nn.Module:
@@ -176,7 +176,7 @@ def _scale(layer: nn.Module | None, gain: Tensor, name: str) -> None:
         layer.bias[~gain] = 0
 
 
-# --- the plan: what happens to each submodule -------------------------------------------------------
+# --- the plan: what happens to each submodule ------------------------------------------------
 
 
 def plan(analysis: Analysis) -> tuple[dict[str, dict], Report]:
@@ -304,7 +304,7 @@ def _report_row(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor]) -> d
     }
 
 
-# --- the surgery ------------------------------------------------------------------------------------
+# --- the surgery -----------------------------------------------------------------------------
 
 
 def operate(net: nn.Module, modules: dict[str, dict]) -> None:
@@ -323,7 +323,7 @@ def operate(net: nn.Module, modules: dict[str, dict]) -> None:
             ) from error
 
 
-def _smaller(module: nn.Module, entry: dict[str, Any]) -> nn.Module:
+def _smaller(module: Any, entry: dict[str, Any]) -> nn.Module:
     """The replacement of one submodule."""
     if "gone" in entry:
         return nn.Identity()
@@ -347,7 +347,7 @@ def _smaller(module: nn.Module, entry: dict[str, Any]) -> nn.Module:
 SIZES = ({"out_channels", "out_features", "num_features"}, {"in_channels", "in_features"})
 
 
-def _slice(layer: nn.Module, axis: int, keep: list[int], columns: int = 1) -> None:
+def _slice(layer: Any, axis: int, keep: list[int], columns: int = 1) -> None:
     """Keep the given output (axis 0) or input (axis 1) channels of a layer, in place."""
     index = torch.tensor(keep)
     if columns > 1:
@@ -366,7 +366,7 @@ def _slice(layer: nn.Module, axis: int, keep: list[int], columns: int = 1) -> No
         layer.groups = layer.in_channels = len(index)
 
 
-# --- the certificate --------------------------------------------------------------------------------
+# --- the certificate -------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -386,7 +386,7 @@ def largest_difference(
     return difference, difference / max(float(expected.abs().max()), 1e-300)
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------
 
 
 def save(small: Pruned, path: str | os.PathLike) -> None:

@@ -304,7 +304,7 @@ def _numerics(data: ImageSet, config: SearchConfig) -> dict[str, Any]:
     return {"dtype": dtype, "channels_last": config.channels_last}
 
 
-# --- watching the gates, and keeping the network alive ----------------------------------------
+# --- watching the gates, and keeping the network alive ---------------------------------------
 
 
 def _gates_now(net: nn.Module, data: ImageSet, config: SearchConfig) -> Row:
@@ -382,7 +382,7 @@ def keep_alive(net: nn.Module, floors: dict[str, int]) -> dict[str, int]:
     return opened
 
 
-# --- the whole run -----------------------------------------------------------------------------
+# --- the whole run ---------------------------------------------------------------------------
 
 
 def load_data(config: SearchConfig) -> ImageSet:
@@ -409,6 +409,12 @@ def build(config: SearchConfig, data: ImageSet) -> nn.Module:
         return MODELS[config.model](num_classes=data.num_classes, width=config.width)
 
 
+def _placed(net: nn.Module, config: SearchConfig) -> nn.Module:
+    """The net on the config's device, its filters in the config's memory layout."""
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    return net.to(config.device).to(memory_format=layout)  # type: ignore[call-overload]
+
+
 def run(
     config: SearchConfig,
     out: str | Path,
@@ -425,9 +431,7 @@ def run(
     Raises: ValueError for data or a device that is not there, or a folder that holds another run.
     """
     data = load_data(config)
-    dense = build(config, data).to(config.device)
-    if config.channels_last:
-        dense = dense.to(memory_format=torch.channels_last)
+    dense = _placed(build(config, data), config)
     folder = RunFolder(out, config, data, on_row)
     if folder.result:
         return folder.result
@@ -442,7 +446,7 @@ def run(
     folder.log(arch_stage(net, data, config, **loop))
     reopened = keep_alive(net, collapse_floors(net, data.image_shape, config.floor))
     set_gates(net, mode="hard")
-    small = _pruned_once(net, dense, data, config, folder, reopened)
+    small = _pruned_once(net, data, config, folder, reopened)
     nets |= {"hard": net, "pruned": copy.deepcopy(small.module)}
     folder.log(fine_tune(small.module, data, config, **loop))
     save(small, folder.path / "small.safetensors")
@@ -452,7 +456,6 @@ def run(
 
 def _pruned_once(
     net: nn.Module,
-    dense: nn.Module,
     data: ImageSet,
     config: SearchConfig,
     folder: "RunFolder",
@@ -476,8 +479,7 @@ def _pruned_once(
             walls=small.report.walls,
         )
     small = load(path, MODELS[config.model])
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    small.module.to(next(dense.parameters()).device).to(memory_format=layout)
+    small.module = _placed(small.module, config)
     return small
 
 
@@ -511,7 +513,7 @@ def _test_once(
     }
 
 
-# --- the folder of a run -----------------------------------------------------------------------
+# --- the folder of a run ---------------------------------------------------------------------
 
 STAGES = ("weight_stage", "baseline", "arch_stage", "fine_tune")
 PATHS = ("data_dir", "weights_from")  # say where, not what: left out of records and comparisons
@@ -561,8 +563,8 @@ class RunFolder:
 
     def _create(self, settings: Row, data: ImageSet) -> None:
         """Make the folder, take over stage 1 if asked to, and begin the record."""
-        source = Path(self.config.weights_from) if self.config.weights_from else None
-        taken = self._stages_of(source, settings) if source else []
+        source = Path(self.config.weights_from)
+        taken = self._stages_of(source, settings) if self.config.weights_from else []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if any(self.path.iterdir()):
