@@ -26,7 +26,7 @@ COLOURS = {
     "dnal": BLUE, "paper": BLUE, "code": VERMILION,
     "conv-bn-ss-relu": BLUE, "conv-bn-relu-ss": GREEN, "conv-ss-bn-relu": VERMILION,
     "off": GREY, "soft": VERMILION, "hard": BLUE,
-    "annealed": BLUE, "steep": VERMILION,
+    "annealed": BLUE, "steep": VERMILION, "folded": BLUE, "apart": VERMILION,
 }  # fmt: skip
 OTHERS = (PURPLE, AMBER, GREEN, VERMILION, SKY, GREY, INK)
 MARKERS = "osD^vPX*"

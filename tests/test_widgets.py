@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from html.parser import HTMLParser
 
 import numpy as np
@@ -183,6 +184,19 @@ def test_a_widget_is_sent_only_to_a_front_end_that_can_show_it(monkeypatch: pyte
     bundle = a_figure()._repr_mimebundle_()
     assert set(bundle) == {"text/plain", "text/html", widgets.WIDGET_VIEW}
     assert bundle[widgets.WIDGET_VIEW]["model_id"]
+
+
+def test_a_front_end_is_live_only_in_a_kernel_that_a_server_has_started(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    pytest.importorskip("IPython")
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    assert not widgets.live_front_end()
+    monkeypatch.setenv("JPY_SESSION_NAME", "a.ipynb")
+    assert widgets.live_front_end()
+    monkeypatch.delitem(sys.modules, "ipykernel")
+    assert not widgets.live_front_end()
 
 
 @pytest.mark.parametrize(
