@@ -1,0 +1,59 @@
+"""The committed run records, and the README that quotes them."""
+
+from pathlib import Path
+
+import pytest
+
+from dnal_mini import runlog
+from dnal_mini.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+RECORDS = sorted((ROOT / "results").glob("*.jsonl"))
+BEGIN, END = "<!-- results: begin", "<!-- results: end -->"
+
+
+def quoted(markdown: str) -> str:
+    """What stands between the two marks of the README."""
+    inside = markdown.partition(BEGIN)[2].partition(END)[0]
+    return inside.partition("-->")[2].strip()
+
+
+def test_the_table_in_the_readme_is_that_of_the_records():
+    expected = runlog.results_table(RECORDS)
+    assert expected
+    assert quoted((ROOT / "README.md").read_text()) == expected, "dnal report results/*.jsonl"
+
+
+def test_a_table_that_has_drifted_is_caught():
+    table = runlog.results_table(RECORDS)
+    assert quoted(f"{BEGIN} -->\n{table}\n{END}") == table
+    assert quoted(f"{BEGIN} -->\n{table.replace('1', '2', 1)}\n{END}") != table
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_is_whole_and_names_its_making(path: Path):
+    rows = runlog.read(path)
+    first, last = rows[0], rows[-1]
+    assert (first["kind"], last["kind"]) == ("run", "result")
+    assert first["config"]["name"] in RECIPES
+    assert {"versions", "commit", "device", "created"} <= first.keys()
+    (cut,) = [row for row in rows if row["kind"] == "prune"]
+    assert cut["certificate"] <= 1e-8
+    assert [cut["dense"]["macs"], cut["pruned"]["macs"]] == last["macs"]
+    stages = {row["stage"]: row["epochs"] for row in rows if row["kind"] == "epoch"}
+    for stage, epochs in stages.items():
+        found = [row["epoch"] for row in runlog.epochs(rows) if row["stage"] == stage]
+        assert found == list(range(1, epochs + 1)), stage
+
+
+def strings(value: object) -> list[str]:
+    """All strings in a JSON value."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [text for part in parts for text in strings(part)]
+    return [value] if isinstance(value, str) else []
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_a_record_holds_no_path_of_the_machine(path: Path):
+    assert not [text for text in strings(runlog.read(path)) if text.startswith(("/", "~"))]
