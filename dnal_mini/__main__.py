@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 from dnal_mini import runlog
 
 if TYPE_CHECKING:
-    from dnal_mini.search import SearchConfig
+    from dnal_mini.config import SearchConfig
 
 USAGE = """\
 usage: dnal run [RECIPE] [--field value ...] [--out DIR]
@@ -104,7 +104,7 @@ def _run(words: list[str]) -> None:
 
 def _resume(words: list[str]) -> None:
     """Continue the run in the folder with its own settings; a finished one prints its results."""
-    from dnal_mini.search import SearchConfig
+    from dnal_mini.config import SearchConfig
 
     paths, _ = _paths_and_switches(words, ())
     if len(paths) != 1 or not paths[0].is_dir():
@@ -260,7 +260,7 @@ def _paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[li
 
 def _hash(config: "SearchConfig") -> str:
     """Six digits that differ between runs of one recipe with other settings."""
-    from dnal_mini.search import PATHS
+    from dnal_mini.runfolder import PATHS
 
     settings = dataclasses.asdict(config)
     text = json.dumps({name: settings[name] for name in sorted({*settings} - {*PATHS})})

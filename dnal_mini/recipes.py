@@ -6,7 +6,7 @@ Where the paper is silent (facts marked unknown in the docstrings) the choice is
 from collections.abc import Callable
 from dataclasses import replace
 
-from dnal_mini.search import SearchConfig
+from dnal_mini.config import SearchConfig
 
 
 def digits() -> SearchConfig:

@@ -6,26 +6,21 @@ together in a folder that can be resumed. Read ``arch_stage`` first: it is the m
 
 import copy
 import dataclasses
-import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any
 
 import torch
 from torch import nn
 
-from dnal_mini import runlog
 from dnal_mini.channels import analyse
+from dnal_mini.config import SearchConfig
 from dnal_mini.cost import latency_pair
 from dnal_mini.data import ImageSet, augment, cifar10, digits, toy_images
 from dnal_mini.gate import (
-    Objective,
-    Order,
     add_gates,
     arch_parameters,
     delta_schedule,
@@ -37,9 +32,9 @@ from dnal_mini.gate import (
     weight_parameters,
 )
 from dnal_mini.models import MODELS
-from dnal_mini.prune import Pruned, Residual, drop_gates, load, prune, save
+from dnal_mini.prune import Pruned, drop_gates, load, prune, save
+from dnal_mini.runfolder import RunFolder
 from dnal_mini.train import (
-    Precision,
     Progress,
     constant,
     cosine,
@@ -51,112 +46,6 @@ from dnal_mini.train import (
 )
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """All settings of one sequential optimisation; frozen and checked when made.
-
-    Raises: ValueError naming the field, what it got and what it needs.
-    """
-
-    name: str = "digits"
-    """Name of the recipe, for tables."""
-    data: Literal["digits", "toy", "cifar10"] = "digits"
-    """Data set: embedded digits, drawn toy images, or CIFAR-10."""
-    data_dir: str = ""
-    """Folder with train/<class>/ and test/<class>/; empty: $DNAL_DATA, else a download."""
-    val: int = 180
-    """Images carved from train for validation, by seed."""
-    crop: int = 4
-    """Pixels of zero padding for random crops; 0 switches cropping off."""
-    flip: bool = True
-    """Mirror half of the training images."""
-    model: Literal["vgg16", "resnet56", "mobilenetv2"] = "vgg16"
-    """Network."""
-    width: float = 1.0
-    """Multiplies every channel count of the network."""
-    weight_epochs: int = 100
-    """Epochs of stage 1 (weights, gates off)."""
-    arch_epochs: int = 20
-    """Epochs of stage 2 (gates, weights frozen)."""
-    fine_tune_epochs: int = 100
-    """Epochs of stage 3 (weights of the pruned net)."""
-    baseline: bool = True
-    """Also train the dense net on for as many epochs as stages 2 and 3, to compare with."""
-    batch: int = 128
-    """Images per step."""
-    weight_lr: float = 0.1
-    """Learning rate of stage 1, constant."""
-    arch_lr: float = 0.1
-    """Learning rate of s in stage 2, constant."""
-    fine_tune_lr: float = 0.1
-    """Learning rate at the start of stage 3; falls to 0 along a cosine."""
-    momentum: float = 0.9
-    """SGD momentum, all stages."""
-    weight_decay: float = 1e-4
-    """Of the weights; s has none."""
-    reset_momentum: bool = False
-    """Empty the momentum buffers before every epoch, as the authors' scripts do."""
-    gate_price: float = 1e-4
-    """Loss (nats) per open gate: lambda_a."""
-    objective: Objective = "paper"
-    """Price sum sigmoid(delta s) as in the paper, or sum sigmoid(s) as in the authors' code."""
-    delta_form: Objective = "paper"
-    """delta from 1 to delta_max (paper), or multiplied before each epoch (code)."""
-    delta_max: float = 1e4
-    """Steepness in the last architecture epoch."""
-    order: Order = "conv-bn-ss-relu"
-    """Where the SS layer sits."""
-    threshold: float = 0.5
-    """A gate is open where sigmoid(delta s) is above it; the authors' scripts take 0.9."""
-    freeze_classifier: bool = True
-    """Freeze linear layers too in stage 2 (paper); the authors' scripts train them."""
-    bn_mode: Literal["batch", "running"] = "batch"
-    """BatchNorm statistics in stage 2: of the batch, as in the authors' scripts, or running."""
-    floor: float = 0.0
-    """Share of a vital layer's channels that is held open, at least one channel."""
-    residual: Residual = "scatter"
-    """How a pruned residual branch joins its trunk."""
-    weights_from: str = ""
-    """Folder of a run with the same stage 1, which is taken over instead of trained again."""
-    seed: int = 0
-    """Seeds initial weights, validation split, order, crops and flips."""
-    device: str = "cpu"
-    """Torch device: cpu, cuda, cuda:1 …"""
-    precision: Precision = "auto"
-    """Of convolutions; auto: bfloat16 where the hardware multiplies in it."""
-    channels_last: bool = True
-    """Memory layout of images and filters."""
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            words = get_args(hint)
-            if words and value not in words:
-                raise ValueError(f"got {field.name} {value!r}; need one of {', '.join(words)}")
-            kind = (int, float) if hint is float else hint
-            wrong = isinstance(value, bool) and hint is not bool
-            if not words and (wrong or not isinstance(value, kind)):
-                raise ValueError(
-                    f"got {field.name} {value!r}; need a value of type {hint.__name__}"
-                )
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if not (low <= value <= high and math.isfinite(value)):
-                above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-                raise ValueError(f"got {name} {value}; need {above}")
-
-
-TINY = 1e-12
-RANGES = {
-    "val": (1, math.inf), "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (1, math.inf),
-    "arch_epochs": (1, math.inf), "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf),
-    "weight_lr": (TINY, math.inf), "arch_lr": (TINY, math.inf), "fine_tune_lr": (TINY, math.inf),
-    "momentum": (0, 1), "weight_decay": (0, math.inf), "gate_price": (0, math.inf),
-    "delta_max": (1, 1e9), "threshold": (1e-6, 1 - 1e-6), "floor": (0, 1), "seed": (0, 2**62),
-}  # fmt: skip
 
 
 # --- the three stages ------------------------------------------------------------------------
@@ -248,13 +137,6 @@ def _sgd(
     )
 
 
-def stage_epochs(stage: str, config: SearchConfig) -> int:
-    """Number of epochs that a stage takes."""
-    if stage == "baseline":
-        return config.arch_epochs + config.fine_tune_epochs
-    return int(getattr(config, stage.removesuffix("_stage") + "_epochs"))
-
-
 def _epochs(
     stage: str,
     net: nn.Module,
@@ -262,7 +144,7 @@ def _epochs(
     config: SearchConfig,
     optimizer: torch.optim.Optimizer,
     lr: Callable[[float], float],
-    folder: "RunFolder | None" = None,
+    folder: RunFolder | None = None,
     progress: Progress | None = None,
     measure: Callable[[], Row] | None = None,
     **fit_arguments: Any,
@@ -273,7 +155,7 @@ def _epochs(
         net,
         data,
         optimizer,
-        stage_epochs(stage, config),
+        config.epochs(stage),
         lr,
         first_epoch=first,
         batch=config.batch,
@@ -458,7 +340,7 @@ def _pruned_once(
     net: nn.Module,
     data: ImageSet,
     config: SearchConfig,
-    folder: "RunFolder",
+    folder: RunFolder,
     reopened: dict[str, int],
 ) -> Pruned:
     """The pruned net, read back if an earlier session of this run has cut it already."""
@@ -489,7 +371,7 @@ def _test_once(
     small: Pruned,
     data: ImageSet,
     config: SearchConfig,
-    folder: "RunFolder",
+    folder: RunFolder,
 ) -> Row:
     """Open the test set, measure every net on it, and time dense against pruned."""
     test = data.test.to(data.train.images.device)
@@ -511,166 +393,3 @@ def _test_once(
         "latency_s": dict(zip(("dense", "pruned"), map(vars, times), strict=True)) | {"batch": 1},
         "seconds": seconds | {"total": sum(seconds.values())},
     }
-
-
-# --- the folder of a run ---------------------------------------------------------------------
-
-STAGES = ("weight_stage", "baseline", "arch_stage", "fine_tune")
-PATHS = ("data_dir", "weights_from")  # say where, not what: left out of records and comparisons
-AFTER_STAGE_1 = {
-    "name", "arch_epochs", "fine_tune_epochs", "fine_tune_lr", "baseline", "arch_lr", "gate_price",
-    "objective", "delta_form", "delta_max", "threshold", "freeze_classifier", "bn_mode", "floor",
-    "residual",
-}  # fmt: skip
-BASELINE = {"arch_epochs", "fine_tune_epochs", "fine_tune_lr", "baseline"}
-
-
-class RunFolder:
-    """The files of one run: config, record, and the last checkpoint of each stage.
-
-    Raises: ValueError if the folder holds another run, is not empty, or cannot be written.
-    """
-
-    def __init__(
-        self,
-        out: str | Path,
-        config: SearchConfig,
-        data: ImageSet,
-        on_row: Callable[[Row], None] | None = None,
-    ) -> None:
-        self.path, self.config, self.on_row = Path(out), config, on_row
-        self.record = runlog.RunLog(self.path / runlog.FILE_NAME)
-        self.started = time.perf_counter()
-        settings = _settings(config)
-        if (self.path / "config.json").exists():
-            self._check_same(settings)
-        else:
-            self._create(settings, data)
-
-    def _check_same(self, settings: Row) -> None:
-        """Refuse to go on with another config."""
-        theirs = json.loads((self.path / "config.json").read_text())
-        names = sorted(n for n in {*theirs, *settings} if theirs.get(n) != settings.get(n))
-        names = [name for name in names if name not in PATHS]
-        if names:
-            n = names[0]
-            raise ValueError(
-                f"got {self.path}, which holds a run with {n}={theirs.get(n)!r}, "
-                f"not {settings.get(n)!r}; need the same settings, or another folder (--out)"
-            )
-        if not self.result:
-            self.write("resume", **runlog.describe_run(self.config.device))
-
-    def _create(self, settings: Row, data: ImageSet) -> None:
-        """Make the folder, take over stage 1 if asked to, and begin the record."""
-        source = Path(self.config.weights_from)
-        taken = self._stages_of(source, settings) if self.config.weights_from else []
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
-                raise ValueError(f"got {self.path}, which is not empty; need a new folder (--out)")
-            self._replace("config.json", json.dumps(settings, indent=1).encode())
-        except OSError as error:
-            raise ValueError(
-                f"got {self.path}, which cannot be written ({error.strerror}); need another --out"
-            ) from error
-        public = {n: Path(v).name if n in PATHS and v else v for n, v in settings.items()}
-        images = {"name": data.name, "train": len(data.train), "val": len(data.val)}
-        about = runlog.describe_run(self.config.device)
-        self.write("run", format=runlog.FORMAT, config=public, data=images, **about)
-        for stage in taken:
-            self._replace(f"{stage}.pt", (source / f"{stage}.pt").read_bytes())
-            for row in runlog.epochs(source / runlog.FILE_NAME):
-                if row["stage"] == stage:
-                    self.write(**row, taken_over=True)
-
-    def _stages_of(self, source: Path, settings: Row) -> list[str]:
-        """Finished stages of another run that this run would repeat exactly."""
-        try:
-            theirs = json.loads((source / "config.json").read_text())
-            done = {s: _load(source / f"{s}.pt")["epoch"] for s in STAGES[:2]}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"got weights_from {source} ({error}); need a run's folder") from error
-        differ = {n for n in settings if settings[n] != theirs.get(n)} - {*PATHS}
-        if differ - AFTER_STAGE_1 or done["weight_stage"] != self.config.weight_epochs:
-            why = ", ".join(sorted(differ - AFTER_STAGE_1)) or "it is not finished"
-            raise ValueError(f"got weights_from {source} with another stage 1: {why}; train anew")
-        whole = done["baseline"] == stage_epochs("baseline", self.config) and not differ & BASELINE
-        return ["weight_stage", "baseline"] if whole else ["weight_stage"]
-
-    def write(self, kind: str, **fields: Any) -> Row:
-        """Append a row to the record and show it to ``on_row``."""
-        row = self.record.append(kind, **fields)
-        if self.on_row:
-            self.on_row(row)
-        return row
-
-    def log(self, rows: Iterable[Row]) -> None:
-        """Write every row of a stage, as it comes."""
-        for row in rows:
-            self.write(**row)
-
-    def has(self, kind: str) -> bool:
-        """True if the record holds a row of a kind."""
-        return any(row["kind"] == kind for row in self._rows())
-
-    @property
-    def result(self) -> Row | None:
-        """The result row, None if the run is not finished."""
-        return next((row for row in self._rows() if row["kind"] == "result"), None)
-
-    def _rows(self) -> list[Row]:
-        return runlog.read(self.record.path) if self.record.path.exists() else []
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds per stage, added up over its epochs."""
-        totals = dict.fromkeys(STAGES, 0.0)
-        for row in runlog.epochs(self.record.path):
-            totals[row["stage"]] += row["seconds"]
-        return totals
-
-    def checkpoint(
-        self, stage: str, epoch: int, net: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Write the state of a stage; the old one is there until the new one is whole."""
-        last = epoch == stage_epochs(stage, self.config)
-        state = {"stage": stage, "epoch": epoch, "net": net.state_dict()}
-        state["optimizer"] = None if last else optimizer.state_dict()
-        part = self.path / f"{stage}.pt.part"
-        torch.save(state, part)
-        part.replace(self.path / f"{stage}.pt")
-
-    def restore(self, stage: str, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last checkpoint of a stage, if there is one; returns its epoch, else 0."""
-        path = self.path / f"{stage}.pt"
-        if not path.exists():
-            return 0
-        state = _load(path, next(net.parameters()).device)
-        try:
-            net.load_state_dict(state["net"])
-        except RuntimeError as error:
-            raise ValueError(
-                f"got {path} of another network; need this run's; remove it"
-            ) from error
-        if state["optimizer"]:
-            optimizer.load_state_dict(state["optimizer"])
-        return int(state["epoch"])
-
-    def _replace(self, name: str, content: bytes) -> None:
-        part = self.path / f"{name}.part"
-        part.write_bytes(content)
-        part.replace(self.path / name)
-
-
-def _load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint; tensors and plain values only, no pickled code."""
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises several kinds for a damaged file
-        raise ValueError(
-            f"got {path}, which cannot be read; remove it to train the stage anew"
-        ) from error
-
-
-def _settings(config: SearchConfig) -> Row:
-    return dataclasses.asdict(config)

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dnal_mini import data
+from dnal_mini import data, imagecache
 
 CLASSES = ("ant", "bee", "cow")
 SIZES = {"train": (5, 7, 11), "test": (2, 3, 2)}
@@ -305,7 +305,7 @@ def forbid_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(data, "_decode", refuse)
+    monkeypatch.setattr(imagecache, "_decode", refuse)
 
 
 def test_the_second_load_comes_from_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -404,7 +404,7 @@ def test_a_cache_of_pickled_objects_is_not_opened(folder: Path):
     path = next((folder / ".dnal_cache").glob("*.npy"))
     np.save(path, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     note = json.loads(path.with_suffix(".json").read_text())
-    note["images_sha256"] = data._sha256(path)
+    note["images_sha256"] = imagecache._sha256(path)
     path.with_suffix(".json").write_text(json.dumps(note))
     with pytest.raises(ValueError, match="damaged cache"):
         data.image_folder(folder)

@@ -17,10 +17,10 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dnal_mini"
 ROWS = [
-    {"gate", "cost", "data", "runlog"},
+    {"gate", "cost", "data", "imagecache", "runlog"},
     {"models", "channels"},
     {"prune", "train"},
-    {"peers", "search"},
+    {"peers", "config", "runfolder", "search"},
     {"recipes"},
     {"__main__"},
 ]

@@ -15,8 +15,8 @@ import pytest
 import dnal_mini
 from dnal_mini import runlog, search
 from dnal_mini.__main__ import Display, main
+from dnal_mini.config import SearchConfig
 from dnal_mini.recipes import RECIPES
-from dnal_mini.search import SearchConfig
 
 RESULT = {
     "dense_accuracy": 0.9777,

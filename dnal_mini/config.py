@@ -1,0 +1,122 @@
+"""All settings of a search in one frozen dataclass, checked when it is made."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args, get_type_hints
+
+from dnal_mini.gate import Objective, Order
+from dnal_mini.prune import Residual
+from dnal_mini.train import Precision
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """All settings of one sequential optimisation; frozen and checked when made.
+
+    Raises: ValueError naming the field, what it got and what it needs.
+    """
+
+    name: str = "digits"
+    """Name of the recipe, for tables."""
+    data: Literal["digits", "toy", "cifar10"] = "digits"
+    """Data set: embedded digits, drawn toy images, or CIFAR-10."""
+    data_dir: str = ""
+    """Folder with train/<class>/ and test/<class>/; empty: $DNAL_DATA, else a download."""
+    val: int = 180
+    """Images carved from train for validation, by seed."""
+    crop: int = 4
+    """Pixels of zero padding for random crops; 0 switches cropping off."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    model: Literal["vgg16", "resnet56", "mobilenetv2"] = "vgg16"
+    """Network."""
+    width: float = 1.0
+    """Multiplies every channel count of the network."""
+    weight_epochs: int = 100
+    """Epochs of stage 1 (weights, gates off)."""
+    arch_epochs: int = 20
+    """Epochs of stage 2 (gates, weights frozen)."""
+    fine_tune_epochs: int = 100
+    """Epochs of stage 3 (weights of the pruned net)."""
+    baseline: bool = True
+    """Also train the dense net on for as many epochs as stages 2 and 3, to compare with."""
+    batch: int = 128
+    """Images per step."""
+    weight_lr: float = 0.1
+    """Learning rate of stage 1, constant."""
+    arch_lr: float = 0.1
+    """Learning rate of s in stage 2, constant."""
+    fine_tune_lr: float = 0.1
+    """Learning rate at the start of stage 3; falls to 0 along a cosine."""
+    momentum: float = 0.9
+    """SGD momentum, all stages."""
+    weight_decay: float = 1e-4
+    """Of the weights; s has none."""
+    reset_momentum: bool = False
+    """Empty the momentum buffers before every epoch, as the authors' scripts do."""
+    gate_price: float = 1e-4
+    """Loss (nats) per open gate: lambda_a."""
+    objective: Objective = "paper"
+    """Price sum sigmoid(delta s) as in the paper, or sum sigmoid(s) as in the authors' code."""
+    delta_form: Objective = "paper"
+    """delta from 1 to delta_max (paper), or multiplied before each epoch (code)."""
+    delta_max: float = 1e4
+    """Steepness in the last architecture epoch."""
+    order: Order = "conv-bn-ss-relu"
+    """Where the SS layer sits."""
+    threshold: float = 0.5
+    """A gate is open where sigmoid(delta s) is above it; the authors' scripts take 0.9."""
+    freeze_classifier: bool = True
+    """Freeze linear layers too in stage 2 (paper); the authors' scripts train them."""
+    bn_mode: Literal["batch", "running"] = "batch"
+    """BatchNorm statistics in stage 2: of the batch, as in the authors' scripts, or running."""
+    floor: float = 0.0
+    """Share of a vital layer's channels that is held open, at least one channel."""
+    residual: Residual = "scatter"
+    """How a pruned residual branch joins its trunk."""
+    weights_from: str = ""
+    """Folder of a run with the same stage 1, which is taken over instead of trained again."""
+    seed: int = 0
+    """Seeds initial weights, validation split, order, crops and flips."""
+    device: str = "cpu"
+    """Torch device: cpu, cuda, cuda:1 …"""
+    precision: Precision = "auto"
+    """Of convolutions; auto: bfloat16 where the hardware multiplies in it."""
+    channels_last: bool = True
+    """Memory layout of images and filters."""
+
+    def epochs(self, stage: str) -> int:
+        """Number of epochs of a stage; the baseline takes as many as stages 2 and 3 together."""
+        if stage == "baseline":
+            return self.arch_epochs + self.fine_tune_epochs
+        return int(getattr(self, stage.removesuffix("_stage") + "_epochs"))
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            words = get_args(hint)
+            if words and value not in words:
+                raise ValueError(f"got {field.name} {value!r}; need one of {', '.join(words)}")
+            kind = (int, float) if hint is float else hint
+            wrong = isinstance(value, bool) and hint is not bool
+            if not words and (wrong or not isinstance(value, kind)):
+                raise ValueError(
+                    f"got {field.name} {value!r}; need a value of type {hint.__name__}"
+                )
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not (low <= value <= high and math.isfinite(value)):
+                above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+                raise ValueError(f"got {name} {value}; need {above}")
+
+
+TINY = 1e-12
+RANGES = {
+    "val": (1, math.inf), "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (1, math.inf),
+    "arch_epochs": (1, math.inf), "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf),
+    "weight_lr": (TINY, math.inf), "arch_lr": (TINY, math.inf), "fine_tune_lr": (TINY, math.inf),
+    "momentum": (0, 1), "weight_decay": (0, math.inf), "gate_price": (0, math.inf),
+    "delta_max": (1, 1e9), "threshold": (1e-6, 1 - 1e-6), "floor": (0, 1), "seed": (0, 2**62),
+}  # fmt: skip
