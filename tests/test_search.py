@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from dnal_mini.data import toy_images
 from dnal_mini.gate import add_gates, gates, set_gates
 from dnal_mini.models import MODELS
 from dnal_mini.prune import load, prune
-from dnal_mini.recipes import RECIPES
 from dnal_mini.search import (
     SearchConfig,
     arch_stage,
@@ -231,49 +229,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stage, epoch)
     assert losses[0] == losses[1]
 
 
-def test_stage_one_can_be_taken_over_by_a_run_at_another_price(tmp_path):
-    run(CONFIG, tmp_path / "first")
-    dearer = changed(gate_price=2e-3)
-    alone = run(dearer, tmp_path / "alone")
-    taken = run(
-        dataclasses.replace(dearer, weights_from=str(tmp_path / "first")), tmp_path / "taken"
-    )
-    assert taken["fine_tuned_accuracy"] == alone["fine_tuned_accuracy"]
-    assert taken["macs"] == alone["macs"]
-    rows = runlog.read(tmp_path / "taken" / "record.jsonl")
-    assert rows[0]["config"]["weights_from"] == "first"
-    assert [row["stage"] for row in rows if row.get("taken_over")] == ["weight_stage"] + [
-        "baseline"
-    ] * 5
-    other = dataclasses.replace(dearer, seed=1, weights_from=str(tmp_path / "first"))
-    with pytest.raises(ValueError, match="another stage 1: seed"):
-        run(other, tmp_path / "refused")
-    assert not (tmp_path / "refused").exists()
-
-
-def test_a_folder_of_another_run_is_refused(tmp_path):
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "letter.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty"):
-        run(CONFIG, tmp_path / "full")
-    assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
-    (tmp_path / "other").mkdir()
-    settings = dataclasses.asdict(changed(seed=3))
-    (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="seed=3, not 0"):
-        run(CONFIG, tmp_path / "other")
-
-
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    run(changed(baseline=False), tmp_path / "run")
-    record = tmp_path / "run" / "record.jsonl"
-    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-1]))  # no result
-    path = tmp_path / "run" / "arch_stage.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"arch_stage\.pt, which cannot be read"):
-        run(changed(baseline=False), tmp_path / "run")
-
-
 def test_bad_data_or_device_writes_nothing(tmp_path):
     for bad in (
         changed(data="cifar10", data_dir=str(tmp_path / "none")),
@@ -283,41 +238,3 @@ def test_bad_data_or_device_writes_nothing(tmp_path):
         with pytest.raises(ValueError, match=r"^.*got "):
             run(bad, tmp_path / "run")
         assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_goes_the_whole_road_on_toy_images(name, tmp_path):
-    recipe = dataclasses.replace(
-        RECIPES[name](),
-        data="toy",
-        val=32,
-        width=0.07,
-        weight_epochs=1,
-        arch_epochs=1,
-        fine_tune_epochs=1,
-        batch=64,
-        arch_lr=2.0,
-    )
-    assert RECIPES[name]().name == name
-    result = run(recipe, tmp_path / "run")
-    assert 0 <= result["fine_tuned_accuracy"] <= 1
-    assert result["macs"][1] <= result["macs"][0]
-
-
-@pytest.mark.parametrize(
-    ("fields", "word"),
-    [
-        ({"weight_epochs": 0}, "weight_epochs 0; need 1 or more"),
-        ({"arch_epochs": -2}, "arch_epochs -2"),
-        ({"delta_max": 0.5}, "delta_max 0.5"),
-        ({"gate_price": -1e-4}, "gate_price -0.0001; need 0 or more"),
-        ({"gate_price": float("nan")}, "gate_price nan"),
-        ({"model": "vgg19"}, "model 'vgg19'; need one of vgg16"),
-        ({"batch": 12.5}, "batch 12.5; need a value of type int"),
-        ({"seed": True}, "seed True"),
-        ({"momentum": 1.5}, "momentum 1.5; need 0 to 1"),
-    ],
-)
-def test_settings_out_of_range_are_named(fields, word):
-    with pytest.raises(ValueError, match=rf"^got {word}"):
-        changed(**fields)
