@@ -81,6 +81,10 @@ class RunFolder:
         images = {"name": data.name, "train": len(data.train), "val": len(data.val)}
         about = runlog.describe_run(self.config.device)
         self.write("run", format=runlog.FORMAT, config=public, data=images, **about)
+        if taken:
+            (origin, *_) = runlog.read(source / runlog.FILE_NAME)
+            made = {key: origin[key] for key in ("commit", "versions", "device", "created")}
+            self.write("taken_over", stages=taken, source=source.name, **made)
         for stage in taken:
             self._replace(f"{stage}.pt", (source / f"{stage}.pt").read_bytes())
             for row in runlog.epochs(source / runlog.FILE_NAME):

@@ -44,6 +44,9 @@ def test_stage_one_can_be_taken_over_by_a_run_at_another_price(tmp_path):
     assert [row["stage"] for row in rows if row.get("taken_over")] == ["weight_stage"] + [
         "baseline"
     ] * 5
+    origin = runlog.read(tmp_path / "first" / "record.jsonl")[0]
+    assert rows[1]["kind"] == "taken_over"
+    assert rows[1]["created"] == origin["created"]
     other = dataclasses.replace(dearer, seed=1, weights_from=str(tmp_path / "first"))
     with pytest.raises(ValueError, match="another stage 1: seed"):
         run(other, tmp_path / "refused")
