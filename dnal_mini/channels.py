@@ -13,6 +13,7 @@ touches it is kept and the report names it. So the analysis is never wrong, only
 Read ``analyse`` first. Cutting is the business of ``prune.py``.
 """
 
+import copy
 import math
 import operator
 from collections.abc import Collection, Sequence
@@ -249,7 +250,7 @@ def _forward(node: fx.Node, analysis: Analysis) -> Facts:
         case "norm":
             return _forward_norm(analysis.module(node), x)
         case "map":
-            source = analysis.module(node).source
+            source = analysis.module(node).source.cpu()
             state, value = x.state[source.clamp(min=0)], x.value[source.clamp(min=0)]
             return _facts(state.masked_fill(source < 0, ZERO), value.masked_fill(source < 0, 0))
         case "pointwise":
@@ -283,7 +284,7 @@ def _known(state: Tensor, value: Tensor, columns: int = 1) -> Facts:
 def _apply(node: fx.Node, analysis: Analysis, value: Tensor) -> Tensor:
     """Run an elementwise activation on float64 values."""
     if node.op == "call_module":
-        return analysis.module(node)(value.clone()).detach()
+        return copy.deepcopy(analysis.module(node)).cpu().double()(value.clone()).detach()
     arguments = {k: v for k, v in node.kwargs.items() if k != "inplace"}
     function = (
         node.target if callable(node.target) else getattr(torch, str(node.target).rstrip("_"))
@@ -361,7 +362,7 @@ def _backward(node: fx.Node, analysis: Analysis) -> None:
         case "norm":
             inputs[0].needed |= needed & (_affine(analysis.module(node))[0] != 0)
         case "map":
-            source = analysis.module(node).source
+            source = analysis.module(node).source.cpu()
             inputs[0].needed[source[needed & (source >= 0)]] = True
         case _:  # channel by channel
             for x in inputs:

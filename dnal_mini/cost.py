@@ -135,7 +135,8 @@ class Latency:
 
     def __str__(self) -> str:
         spread = f"{1e3 * self.p10_s:.3g} to {1e3 * self.p90_s:.3g}"
-        return f"{1e3 * self.median_s:.3g} ms ({spread}) on {self.device}, {self.threads} threads"
+        threads = f"{self.threads} thread" + ("s" if self.threads != 1 else "")
+        return f"{1e3 * self.median_s:.3g} ms ({spread}) on {self.device}, {threads}"
 
 
 def latency(

@@ -159,6 +159,8 @@ def training_curves(
     ``kept`` (share of open gates) is drawn if there is such a column, ``seed`` gives one thin line
     per seed and the median as a thick one.
     """
+    from matplotlib.ticker import MaxNLocator
+
     frame = _frame(table, "stage", accuracy)
     seeds = [part for _, part in frame.groupby("seed")] if "seed" in frame else [frame]
     seeds = [part.reset_index(drop=True) for part in seeds]
@@ -183,6 +185,7 @@ def training_curves(
         ax.plot(epoch, np.median(runs, axis=0), color=ink, ls=line, label=label)
     _percent(ax.yaxis)
     ax.set_xlim(0.5, len(epoch) + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(0, 1.02)
     ax.legend(loc="lower right")
     _finish(ax, title, "epoch", "")

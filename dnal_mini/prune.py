@@ -8,6 +8,7 @@ same surgery on a freshly built network. Which channels may go is decided in ``c
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -261,7 +262,7 @@ def _entry(node: fx.Node, analysis: Analysis, keep: dict[int, Tensor]) -> dict[s
         if before.columns > 1:
             entry["columns"] = before.columns
     elif kind == "map":
-        source = analysis.module(node).source[out]
+        source = analysis.module(node).source.cpu()[out]
         places = _places(given)[source.clamp(min=0)]
         entry["source"] = torch.where(source < 0, -1, places).tolist()
     if own_place:
@@ -327,10 +328,11 @@ def _smaller(module: Any, entry: dict[str, Any]) -> nn.Module:
     """The replacement of one submodule."""
     if "gone" in entry:
         return nn.Identity()
+    device = next(itertools.chain(module.parameters(), module.buffers())).device
     if "zeros" in entry:
-        return ChannelMap([-1] * entry["zeros"], entry["stride"])
+        return ChannelMap([-1] * entry["zeros"], entry["stride"]).to(device)
     if "source" in entry:
-        return ChannelMap(entry["source"], module.stride)
+        return ChannelMap(entry["source"], module.stride).to(device)
     small = copy.deepcopy(module)
     if "in" in entry:
         _slice(small, 1, entry["in"], entry.get("columns", 1))
@@ -338,9 +340,9 @@ def _smaller(module: Any, entry: dict[str, Any]) -> nn.Module:
         _slice(small, 0, entry["out"])
     parts = [small]
     if "gather" in entry:
-        parts.insert(0, ChannelMap(entry["gather"]))
+        parts.insert(0, ChannelMap(entry["gather"]).to(device))
     if "scatter" in entry:
-        parts.append(ChannelMap(entry["scatter"]))
+        parts.append(ChannelMap(entry["scatter"]).to(device))
     return small if len(parts) == 1 else nn.Sequential(*parts)
 
 

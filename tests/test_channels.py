@@ -77,14 +77,17 @@ def test_gamma_zero_alone_leaves_a_constant():
     assert not found["bn1"].needed[4]  # ReLU makes it zero whatever it is
 
 
-@pytest.mark.parametrize(("activation", "state"), [(nn.Sigmoid(), CONSTANT), (nn.Tanh(), ZERO)])
+@pytest.mark.parametrize(
+    ("activation", "state"),
+    [(nn.Sigmoid(), CONSTANT), (nn.Tanh(), ZERO), (nn.PReLU(), ZERO), (nn.Hardsigmoid(), CONSTANT)],
+)
 def test_an_activation_of_zero_is_its_own_value(activation, state):
     net = chain()
     net.relu1 = activation
     close(net.bn1, 0)
     found, _ = facts(net)
     assert found["relu1"].state[0] == state
-    assert found["relu1"].value[0] == float(activation(torch.zeros(1)))
+    assert found["relu1"].value[0] == float(activation(torch.zeros(1)).detach())
 
 
 def test_zero_into_a_norm_is_a_constant_not_a_zero():

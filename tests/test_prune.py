@@ -55,7 +55,7 @@ def outputs(net: nn.Module, small: nn.Module, train: bool) -> tuple[Tensor, Tens
     x = torch.randn(3, *SHAPE, dtype=torch.float64)
     full, cut = copy.deepcopy(net).double().train(train), copy.deepcopy(small).double().train(train)
     set_gates(full, mode="hard")
-    return full(x), cut(x)
+    return full(x).detach(), cut(x).detach()
 
 
 @pytest.mark.parametrize("residual", ["scatter", "tie"])
@@ -71,7 +71,7 @@ def test_twenty_draws_of_gates_prune_exactly(name, residual):
         for train in (False, True):
             expected, got = outputs(net, small.module, train)
             assert float(expected.std(0).max()) > 0, "the output must depend on the images"
-            difference = float((expected - got).detach().abs().max() / expected.abs().max())
+            difference = float((expected - got).abs().max() / expected.abs().max())
             assert difference <= 1e-10, f"draw {draw}, train={train}: {difference:.1e}"
         assert cost(small.module, SHAPE).macs < dense.macs
         assert small.report.walls == []
@@ -263,12 +263,12 @@ def test_a_saved_net_loads_in_a_fresh_process_without_pickle(tmp_path):
     small, path = saved(tmp_path)
     small.module.eval()
     torch.manual_seed(5)
-    expected = float(small.module(torch.randn(2, *SHAPE)).sum())
+    expected = float(small.module(torch.randn(2, *SHAPE)).sum().detach())
     code = (
         "import sys, pickle, torch, dnal_mini as dnal\n"
         "pickle.load = pickle.loads = pickle.Unpickler = None\n"
         f"net = dnal.load({str(path)!r}, build=dnal.models.resnet56).module.eval()\n"
-        f"torch.manual_seed(5); print(float(net(torch.randn(2, *{SHAPE})).sum()))"
+        f"torch.manual_seed(5); print(float(net(torch.randn(2, *{SHAPE})).sum().detach()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(expected, rel=1e-5)
@@ -316,6 +316,15 @@ def test_a_spec_of_another_architecture_is_refused(tmp_path):
 def test_gates_that_were_never_trained_are_refused():
     with pytest.raises(ValueError, match="s = 0"):
         prune(add_gates(MODELS["vgg16"](**NETS["vgg16"])), SHAPE)
+
+
+@pytest.mark.gpu
+def test_a_net_on_the_gpu_is_pruned_there():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    small = prune(gated("resnet56", keep=0.5).cuda(), SHAPE)
+    assert {tensor.device.type for tensor in small.module.state_dict().values()} == {"cuda"}
+    assert small.module(torch.randn(2, *SHAPE, device="cuda")).isfinite().all()
 
 
 def test_an_unknown_residual_is_refused():
