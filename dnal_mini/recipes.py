@@ -47,14 +47,14 @@ def cifar10_cpu() -> SearchConfig:
         val=5000,
         model="vgg16",
         width=0.25,
-        weight_epochs=4,
-        arch_epochs=4,
-        fine_tune_epochs=14,
+        weight_epochs=6,
+        arch_epochs=6,
+        fine_tune_epochs=8,
         weight_lr=0.1,
         arch_lr=0.1,
         fine_tune_lr=0.1,
         weight_decay=5e-4,
-        gate_price=2e-4,
+        gate_price=1e-4,
         floor=0.05,
     )
 
