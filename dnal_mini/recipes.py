@@ -37,7 +37,7 @@ def digits() -> SearchConfig:
 
 
 def cifar10_cpu() -> SearchConfig:
-    """CIFAR-10 on two CPU cores: a quarter of VGG16's width, all 50,000 images, under half an hour.
+    """CIFAR-10 on two CPU cores: a quarter of VGG16's width, all 50,000 images.
 
     Run: ``dnal run cifar10_cpu --data-dir FOLDER``. Epochs, cosine and floor are ours.
     """

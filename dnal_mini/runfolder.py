@@ -5,7 +5,6 @@ What makes a run resumable stands here, and nothing of the method. Read ``RunFol
 
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,6 @@ class RunFolder:
     ) -> None:
         self.path, self.config, self.on_row = Path(out), config, on_row
         self.record = runlog.RunLog(self.path / runlog.FILE_NAME)
-        self.started = time.perf_counter()
         settings = dataclasses.asdict(config)
         if (self.path / "config.json").exists():
             self._check_same(settings)

@@ -62,7 +62,7 @@ def outputs(net: nn.Module, small: nn.Module, train: bool) -> tuple[Tensor, Tens
 @pytest.mark.parametrize("name", NETS)
 def test_twenty_draws_of_gates_prune_exactly(name, residual):
     dense = cost(MODELS[name](**NETS[name]), SHAPE)
-    for draw in range(20):  # the figure: 20 draws a net, split over the two ways to join
+    for draw in range(20):  # twenty draws a net, ten for each way to join
         if draw % 2 != (residual == "tie"):
             continue
         keep = (0.8, 0.6, 0.4, 0.2)[draw % 4]
