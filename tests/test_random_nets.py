@@ -1,0 +1,197 @@
+"""The law of pruning on random nets: whatever the graph and the gates, the function stays.
+
+A failing seed is shrunk to the steps that matter and printed with its forward code; it then goes
+into FIXED.
+"""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from random_nets import ORDERS, SHAPE, Step, build, draw_gates, program, programs, settle
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+import dnal_mini as dnal
+
+EXACT = 1e-9  # relative, float64
+FIXED: list[tuple[list[Step], int]] = []
+
+
+class Broken(AssertionError):
+    """The law does not hold; the first word says which part of it."""
+
+
+def gated_net(steps: list[Step], seed: int) -> nn.Module:
+    """The gated net of a program, gates decided; the seed picks the order and the gates."""
+    net = settle(build(steps), seed)
+    order = ORDERS[0] if seed % 2 else ORDERS[seed // 2 % 3]
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    if not norms:
+        return net
+    if order == "conv-bn-relu-ss" and any(kind == "shared" for kind, _ in steps):
+        order = ORDERS[0]  # a gate behind the activation needs a call of its own
+    gated = dnal.add_gates(net, order)
+    draw_gates(dnal.gates(gated), seed)
+    dnal.set_gates(gated, delta=1e4)
+    return gated
+
+
+def leaves(net: nn.Module, images: Tensor, train: bool = False) -> list[Tensor]:
+    """All output tensors in float64; ``train`` puts the norms alone into training mode."""
+    net = copy.deepcopy(net).double().eval()
+    dnal.set_gates(net, mode="hard")
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train(train)
+    with torch.no_grad():
+        return [leaf.clone() for leaf in tree_leaves(net(images)) if isinstance(leaf, Tensor)]
+
+
+def largest_difference(expected: list[Tensor], got: list[Tensor]) -> float:
+    """Largest difference of any leaf, relative to that leaf's largest value (at least 1e-3)."""
+    if [x.shape for x in expected] != [x.shape for x in got]:
+        return float("inf")
+    pairs = zip(expected, got, strict=True)
+    return max(float((x - y).abs().max() / x.abs().max().clamp(min=1e-3)) for x, y in pairs)
+
+
+def costs(net: nn.Module) -> tuple[int, int]:
+    found = dnal.cost(net, SHAPE)
+    return found.params, found.macs
+
+
+def check(steps: list[Step], seed: int, thorough: bool = True) -> None:
+    """Prune one net both ways and hold the law against the result. Raises: Broken."""
+    net = gated_net(steps, seed)
+    before = copy.deepcopy(net.state_dict())
+    dense = costs(net)
+    images = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(seed)).double()
+    expected = leaves(net, images)
+    for residual in ("scatter", "tie") if thorough or seed % 2 else ("tie", "scatter"):
+        try:
+            small = dnal.prune(net, SHAPE, residual)
+        except Exception as error:
+            raise Broken(f"raises with {residual}: {type(error).__name__}: {error}") from error
+        judge(net, small, expected, images, dense, residual)
+    state = net.state_dict()
+    if not all(torch.equal(state[name], value) for name, value in before.items()):
+        raise Broken("touched: the argument is not what it was")
+    again = dnal.prune(small.module, SHAPE, residual)
+    if costs(again.module) != costs(small.module):
+        raise Broken(f"twice: {costs(small.module)} becomes {costs(again.module)}")
+
+
+def judge(
+    net: nn.Module,
+    small: dnal.Pruned,
+    expected: list[Tensor],
+    images: Tensor,
+    dense: tuple[int, int],
+    residual: str,
+) -> None:
+    """What must hold of one pruned net."""
+    difference = largest_difference(expected, leaves(small.module, images))
+    if not difference <= EXACT:
+        raise Broken(f"differs with {residual}: {difference:.1e} in eval mode")
+    if not isinstance(net, fx.GraphModule) and type(small.module) is not type(net):
+        raise Broken(f"class: {type(small.module)}")
+    if dnal.gates(small.module):
+        raise Broken(f"gates left: {list(dnal.gates(small.module))}")
+    after = costs(small.module)
+    if any(new > old for new, old in zip(after, dense, strict=True)):
+        raise Broken(f"grows with {residual}: params and MACs {dense} become {after}")
+    if same_in_training(small):
+        expected, got = leaves(net, images, train=True), leaves(small.module, images, train=True)
+        if not (difference := largest_difference(expected, got)) <= 1e-5:
+            raise Broken(f"trains otherwise with {residual}: {difference:.1e} in training mode")
+
+
+def same_in_training(small: dnal.Pruned) -> bool:
+    """False if a constant that depends on the norms' mode was folded into a bias."""
+    return not any("constant" in note or "fold" in note for note in small.report.notes)
+
+
+def complaint(steps: list[Step], seed: int) -> str:
+    """What is wrong with a net, "" if nothing."""
+    try:
+        check(steps, seed)
+    except Broken as error:
+        return str(error)
+    return ""
+
+
+def shrunk(steps: list[Step], seed: int, fails: Callable[[list[Step]], bool]) -> list[Step]:
+    """The steps that are needed for the failure: leave out one after the other while it lasts."""
+    for place in reversed(range(len(steps))):
+        fewer = steps[:place] + steps[place + 1 :]
+        if fails(fewer):
+            steps = fewer
+    return steps
+
+
+def failures(seeds: range) -> str:
+    """Reports of all failing seeds, each shrunk; "" if none."""
+    reports = []
+    for seed in seeds:
+        if found := complaint(program(seed), seed):
+            word = found.split()[0]
+            steps = shrunk(
+                program(seed), seed, lambda few, s=seed, w=word: complaint(few, s).startswith(w)
+            )
+            source = build(steps).source
+            reports.append(f"seed {seed}: {complaint(steps, seed)}\n({steps}, {seed}),\n{source}")
+    return "\n".join(reports)
+
+
+@pytest.mark.parametrize("first", range(0, 200, 25))
+def test_a_random_net_keeps_its_function(first: int):
+    found = failures(range(first, first + 25))
+    assert not found, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("first", range(0, 5000, 250))
+def test_five_thousand_random_nets_keep_their_function(first: int):
+    found = failures(range(first, first + 250))
+    assert not found, found
+
+
+@settings(max_examples=20)
+@given(programs, st.integers(0, 99))
+def test_hypothesis_finds_no_net_that_changes(steps: list[Step], seed: int):
+    found = complaint(steps, seed)
+    assert not found, f"{found}\n({steps}, {seed}),\n{build(steps).source}"
+
+
+@pytest.mark.parametrize(("steps", "seed"), FIXED)
+def test_a_net_that_once_failed_is_exact(steps: list[Step], seed: int):
+    found = complaint(steps, seed)
+    assert not found, f"{found}\n{build(steps).source}"
+
+
+def test_most_seeds_make_different_nets_that_read_their_image():
+    sources, live = set(), 0
+    for seed in range(30):
+        net = settle(build(program(seed)), seed)
+        sources.add(net.source)
+        x, y = (
+            leaves(net, torch.randn(2, *SHAPE).double()),
+            leaves(net, torch.zeros(2, *SHAPE).double()),
+        )
+        live += largest_difference(x, y) > 1e-6
+    assert len(sources) == 30
+    assert live >= 24
+
+
+def test_the_law_sees_a_net_that_changed():
+    net = gated_net(program(3), 3)
+    images = torch.randn(2, *SHAPE).double()
+    other = copy.deepcopy(net)
+    for parameter in other.parameters():
+        parameter.data += 1e-6
+    assert largest_difference(leaves(net, images), leaves(other, images)) > EXACT
