@@ -1,0 +1,251 @@
+"""Prunes every classification model of torchvision and records how exact the smaller net is.
+
+Promise: 100 % of models x keep shares x residual modes agree with the hard-gated net to 1e-9 of the
+largest output in float64, or stay whole behind named walls; none raises. Models without a
+BatchNorm2d get random zero filters instead of closed gates. One JSON line per case is appended to
+``--out``; cases that are there are skipped.
+Run: ``python benchmarks/prune_zoo.py --out zoo.jsonl``.
+"""
+
+import argparse
+import itertools
+import json
+import resource
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import dnal_mini as dnal  # before torchvision, whose missing operators it repairs
+
+EXACT = 1e-9
+KEEPS = (0.8, 0.5, 0.2)
+RESIDUALS = ("scatter", "tie")
+SIDES = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 70}  # the smallest images they take
+CHANGES: dict[str, dict[str, Any]] = {
+    "googlenet": {"init_weights": False},
+    "inception_v3": {"init_weights": False},
+    **{name: {"image_size": 64} for name in ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32")},
+    "vit_h_14": {"image_size": 56},
+}
+
+
+def model_names() -> list[str]:
+    from torchvision import models
+
+    return sorted(models.list_models(module=models))
+
+
+def image_shape(name: str) -> tuple[int, int, int]:
+    """Small images, as far as the model takes them."""
+    side = CHANGES.get(name, {}).get("image_size", SIDES.get(name, 64))
+    return 3, side, side
+
+
+class _NoRandomInit(TorchFunctionMode):
+    """Leaves out the slow random fills of constructors; ``zoo_net`` draws all weights itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("uniform_", "normal_", "erfinv_"):
+            tensor = args[0] if args else kwargs["tensor"]
+            return tensor.zero_()
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def zoo_net(name: str, seed: int, num_classes: int = 10) -> nn.Module:
+    """A torchvision model in eval mode with He-uniform weights and small biases."""
+    from torchvision import models
+
+    with _NoRandomInit(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        net = models.get_model(name, weights=None, num_classes=num_classes, **CHANGES.get(name, {}))
+    draw = torch.Generator().manual_seed(seed)
+    for layer in net.modules():
+        for parameter in layer.parameters(recurse=False):
+            if parameter.dim() > 1:
+                bound = (6.0 / parameter[0].numel()) ** 0.5
+                parameter.uniform_(-bound, bound, generator=draw)
+            elif not isinstance(layer, nn.BatchNorm2d) and not (parameter != 0).any():
+                parameter.uniform_(-0.1, 0.1, generator=draw)
+    return net.eval()
+
+
+@torch.no_grad()
+def close_at_random(net: nn.Module, shape: Sequence[int], keep: float, seed: int) -> nn.Module:
+    """A gated copy with that share of the gates open and statistics as after training.
+
+    A net without a BatchNorm2d gets zero filters instead, in place.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    if any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
+        net = dnal.add_gates(net)
+        for gate in dnal.gates(net).values():
+            is_open = torch.rand(len(gate.s), generator=draw) < keep
+            gate.s.copy_(torch.where(is_open, 1.0, -1.0))
+        dnal.set_gates(net, mode="hard", delta=1e4)
+        settle(net, shape, draw)
+        return net
+    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+    for conv in convs[: max(1, len(convs) - 1)]:  # SqueezeNet's last one makes its logits
+        closed = torch.rand(conv.out_channels, generator=draw) >= keep
+        conv.weight /= keep**0.5  # so that what is left is as loud as before
+        conv.weight[closed] = 0
+        if conv.bias is not None:
+            conv.bias[closed] = 0
+    return net
+
+
+def settle(net: nn.Module, shape: Sequence[int], draw: torch.Generator) -> None:
+    """Random affines, and the running statistics of a few images, not quite hit; in place.
+
+    Far from the true statistics a deep net would forget its image, and the check see nothing.
+    """
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.weight.uniform_(0.5, 1.5, generator=draw)
+        norm.bias.uniform_(-0.4, 0.6, generator=draw)
+        norm.running_mean.zero_()
+        norm.train()
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    net(torch.randn(6, *shape, generator=draw))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+        noise = torch.rand(2, norm.num_features, generator=draw)
+        norm.running_mean += norm.running_var.sqrt() * (noise[0] - 0.5) * 0.6
+        norm.running_var.clamp_(min=0.05).mul_(0.7 + 0.7 * noise[1])
+
+
+@contextmanager
+def _doubled(net: nn.Module) -> Iterator[nn.Module]:
+    """The net itself in float64 and hard mode; afterwards in float32 again, not a bit changed."""
+    gates = dnal.gates(net).values()
+    modes = [gate.mode for gate in gates]
+    dnal.set_gates(net, mode="hard")
+    try:
+        yield net.double().eval()
+    finally:
+        net.float()
+        for gate, mode in zip(gates, modes, strict=True):
+            gate.mode = mode
+
+
+def outputs(net: nn.Module, images: Tensor) -> Tensor:
+    with _doubled(net), torch.no_grad():
+        return net(images)
+
+
+def zoo_rows(
+    name: str, keep: float, residuals: tuple[str, ...] = RESIDUALS, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """One row per residual mode: how far the pruned output is off, and what is left.
+
+    ``difference`` is relative to the largest output, ``live`` says how much the output depends on
+    the image in the same measure, ``error`` is what ``prune`` raised, None if it did not.
+    """
+    shape = image_shape(name)
+    net = zoo_net(name, seed)
+    dense = dnal.cost(net, shape)
+    gated = close_at_random(net, shape, keep, seed)
+    del net
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(2, *shape, generator=draw, dtype=torch.float64)
+    expected = outputs(gated, images)
+    scale = max(float(expected.abs().max()), 1e-300)
+    for residual in residuals:
+        row: dict[str, Any] = {"model": name, "keep": keep, "residual": residual, "seed": seed}
+        row |= {"live": float((expected[0] - expected[1]).abs().max()) / scale, "error": None}
+        start = time.perf_counter()
+        try:
+            small = dnal.prune(gated, shape, residual)
+        except Exception as error:  # what this script is there to find
+            yield row | {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            continue
+        row["seconds"] = round(time.perf_counter() - start, 2)
+        left = dnal.cost(small.module, shape)
+        found = outputs(small.module, images)
+        row["difference"] = float((expected - found).abs().max()) / scale
+        row["macs"], row["params"] = [dense.macs, left.macs], [dense.params, left.params]
+        row["walls"] = list(small.report.walls)
+        row["same_class"] = type(small.module) is type(gated)
+        row["gates_left"] = len(dnal.gates(small.module))
+        del small
+        yield row
+
+
+def complaint(row: dict[str, Any]) -> str:
+    """What is wrong with a row, "" if nothing."""
+    if row["error"]:
+        return row["error"]
+    wrong = []
+    if not row["difference"] <= EXACT:
+        wrong.append(f"outputs differ by {row['difference']:.1e}")
+    if not row["same_class"]:
+        wrong.append("another class")
+    if row["gates_left"]:
+        wrong.append(f"{row['gates_left']} gates left")
+    for unit in ("macs", "params"):
+        before, after = row[unit]
+        if after > before:
+            wrong.append(f"{unit} grow from {before} to {after}")
+    if row["macs"][1] == row["macs"][0] and not row["walls"]:
+        wrong.append("nothing cut and no wall named")
+    return "; ".join(wrong)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="record file, JSON lines")
+    parser.add_argument("--models", nargs="*", default=model_names(), metavar="NAME")
+    parser.add_argument("--keeps", nargs="*", type=float, default=KEEPS, metavar="SHARE")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["model"], row["keep"], row["residual"], row["seed"]
+
+    done = {key(row) for row in read(options.out)}
+    for name, keep in itertools.product(options.models, options.keeps):
+        todo = tuple(r for r in RESIDUALS if (name, keep, r, options.seed) not in done)
+        if todo:
+            for row in zoo_rows(name, keep, todo, options.seed):
+                row["torch"], row["version"] = torch.__version__, dnal.__version__
+                with options.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                if wrong := complaint(row):
+                    print(f"{name} keep {keep} {row['residual']}: {wrong}", flush=True)
+    wanted = {
+        (name, keep, residual, options.seed)
+        for name, keep, residual in itertools.product(options.models, options.keeps, RESIDUALS)
+    }
+    rows = [row for row in read(options.out) if key(row) in wanted]
+    sound = [row for row in rows if not complaint(row)]
+    summary = {
+        "benchmark": "prune_zoo",
+        "models": len({row["model"] for row in rows}),
+        "cases": len(rows),
+        "sound": len(sound),
+        "ratio": round(len(sound) / max(len(rows), 1), 4),
+        "smaller": sum(row["macs"][1] < row["macs"][0] for row in sound),
+        "largest_difference": max((row["difference"] for row in sound), default=None),
+        "seconds": round(sum(row.get("seconds", 0) for row in rows)),
+        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
