@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 import dnal_mini as dnal  # before torchvision, whose missing operators it repairs
 
 EXACT = 1e-9
+ROUNDED = 1e-6  # of nets that stay in float32, where a constant in a bias is rounded
+LARGE = 200_000_000  # parameters of nets that stay in float32 for the sake of memory
 KEEPS = (0.8, 0.5, 0.2)
 RESIDUALS = ("scatter", "tie")
 SIDES = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 70}  # the smallest images they take
@@ -127,14 +129,15 @@ def settle(net: nn.Module, shape: Sequence[int], draw: torch.Generator) -> None:
 
 @contextmanager
 def _doubled(net: nn.Module) -> Iterator[nn.Module]:
-    """The net itself in float64 and hard mode; afterwards in float32 again, not a bit changed."""
+    """The net itself in float64 and hard mode; afterwards as it was, not a bit changed."""
+    dtype = next(net.parameters()).dtype
     gates = dnal.gates(net).values()
     modes = [gate.mode for gate in gates]
     dnal.set_gates(net, mode="hard")
     try:
         yield net.double().eval()
     finally:
-        net.float()
+        net.to(dtype)
         for gate, mode in zip(gates, modes, strict=True):
             gate.mode = mode
 
@@ -157,6 +160,8 @@ def zoo_rows(
     dense = dnal.cost(net, shape)
     gated = close_at_random(net, shape, keep, seed)
     del net
+    if sharp := dense.params < LARGE:
+        gated.double()
     draw = torch.Generator().manual_seed(seed)
     images = torch.randn(2, *shape, generator=draw, dtype=torch.float64)
     expected = outputs(gated, images)
@@ -176,6 +181,7 @@ def zoo_rows(
         row["difference"] = float((expected - found).abs().max()) / scale
         row["macs"], row["params"] = [dense.macs, left.macs], [dense.params, left.params]
         row["walls"] = list(small.report.walls)
+        row["sharp"] = sharp
         row["same_class"] = type(small.module) is type(gated)
         row["gates_left"] = len(dnal.gates(small.module))
         del small
@@ -187,7 +193,7 @@ def complaint(row: dict[str, Any]) -> str:
     if row["error"]:
         return row["error"]
     wrong = []
-    if not row["difference"] <= EXACT:
+    if not row["difference"] <= (EXACT if row["sharp"] else ROUNDED):
         wrong.append(f"outputs differ by {row['difference']:.1e}")
     if not row["same_class"]:
         wrong.append("another class")

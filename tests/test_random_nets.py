@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 import dnal_mini as dnal
 
-EXACT = 1e-9  # relative, float64
+EXACT = 1e-9  # relative, of a net in float64
+ROUNDED = 1e-5  # relative, of a net in float32: a constant in a bias is rounded there
 FIXED: list[tuple[list[Step], int]] = []
 
 
@@ -26,8 +27,11 @@ class Broken(AssertionError):
 
 
 def gated_net(steps: list[Step], seed: int) -> nn.Module:
-    """The gated net of a program, gates decided; the seed picks the order and the gates."""
-    net = settle(build(steps), seed)
+    """The gated net of a program, gates decided; the seed picks the order and the gates.
+
+    Three of four nets are in float64, where the law is sharp.
+    """
+    net = settle(build(steps), seed).to(torch.float32 if seed % 4 == 3 else torch.float64)
     order = ORDERS[0] if seed % 2 else ORDERS[seed // 2 % 3]
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     if not norms:
@@ -95,7 +99,8 @@ def judge(
 ) -> None:
     """What must hold of one pruned net."""
     difference = largest_difference(expected, leaves(small.module, images))
-    if not difference <= EXACT:
+    sharp = all(p.dtype == torch.float64 for p in net.parameters())
+    if not difference <= (EXACT if sharp else ROUNDED):
         raise Broken(f"differs with {residual}: {difference:.1e} in eval mode")
     if not isinstance(net, fx.GraphModule) and type(small.module) is not type(net):
         raise Broken(f"class: {type(small.module)}")

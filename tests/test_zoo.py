@@ -76,11 +76,12 @@ def test_a_gated_zoo_net_comes_back_bit_by_bit_from_its_float64_run():
 
 
 def test_the_complaint_names_what_is_wrong():
-    sound = {"error": None, "difference": 1e-15, "same_class": True, "gates_left": 0}
+    sound = {"error": None, "difference": 1e-15, "sharp": True, "same_class": True, "gates_left": 0}
     sound |= {"macs": [30, 20], "params": [7, 5], "walls": []}
     assert not zoo.complaint(sound)
     assert zoo.complaint(sound | {"error": "ValueError: no"}) == "ValueError: no"
     assert "differ" in zoo.complaint(sound | {"difference": 1e-8})
+    assert not zoo.complaint(sound | {"difference": 1e-8, "sharp": False})
     assert "differ" in zoo.complaint(sound | {"difference": float("nan")})
     assert "class" in zoo.complaint(sound | {"same_class": False})
     assert "gates left" in zoo.complaint(sound | {"gates_left": 2})
