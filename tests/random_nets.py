@@ -109,15 +109,21 @@ def activate(d: Draft, x: str) -> str:
     return d.run(f"{d.own('act', d.rng.choice(MODULES)(d.shape(x)[0]))}({x})")
 
 
-def norm_layer(d: Draft, channels: int) -> nn.BatchNorm2d:
-    affine, track = not d.chance(0.05), not d.chance(0.03)
+def norm_layer(d: Draft, channels: int, pixels: int) -> nn.BatchNorm2d:
+    affine, track = not d.chance(0.05), not d.chance(0.03) or pixels == 1
     return nn.BatchNorm2d(channels, affine=affine, track_running_stats=track)
+
+
+def norm_like(d: Draft, x: str) -> nn.BatchNorm2d:
+    """A BatchNorm2d for a feature map, with statistics of its own if it is a single pixel."""
+    channels, height, width = d.shape(x)
+    return norm_layer(d, channels, height * width)
 
 
 def norm_and_activation(d: Draft, x: str) -> str:
     """Mostly a BatchNorm and an activation; sometimes only one of them, or none."""
     if d.chance(0.88):
-        x = d.run(f"{d.own('bn', norm_layer(d, d.shape(x)[0]))}({x})")
+        x = d.run(f"{d.own('bn', norm_like(d, x))}({x})")
     return activate(d, x) if d.chance(0.75) else x
 
 
@@ -148,7 +154,7 @@ def conv_block(d: Draft, x: str, out: int = 0, same_size: bool = False) -> str:
         conv = nn.utils.parametrizations.weight_norm(conv)
     if d.chance(0.2):
         act = d.rng.choice(MODULES)(conv.out_channels)
-        parts = [conv, norm_layer(d, conv.out_channels), act]
+        parts = [conv, norm_layer(d, conv.out_channels, pixels=1), act]
         return d.run(f"{d.own('seq', nn.Sequential(*parts))}({x})")
     return norm_and_activation(d, d.run(f"{d.own('conv', conv)}({x})"))
 
@@ -355,7 +361,7 @@ def activation(d: Draft) -> None:
 def norm(d: Draft) -> None:
     """BatchNorm on whatever is there: pre-activation, after a concatenation, on the image."""
     x = d.pick()
-    x = activate(d, d.run(f"{d.own('bn', norm_layer(d, d.shape(x)[0]))}({x})"))
+    x = activate(d, d.run(f"{d.own('bn', norm_like(d, x))}({x})"))
     d.pool.append(conv_block(d, x) if d.chance(0.6) else x)
 
 
@@ -425,7 +431,7 @@ def shared(d: Draft) -> None:
         x = conv_block(d, x, same_size=True)
         channels = d.shape(x)[0]
     conv = d.own("conv", nn.Conv2d(channels, channels, 3, padding=1, bias=d.chance(0.5)))
-    bn = d.own("bn", norm_layer(d, channels))
+    bn = d.own("bn", norm_like(d, x))
     match d.rng.choice(["chain", "chain", "siblings", "own norms", "tied weights", "alias"]):
         case "chain":
             y = d.run(f"F.relu({bn}({conv}({x})))")
@@ -434,7 +440,7 @@ def shared(d: Draft) -> None:
             y = with_channels(d, d.rng.choice(d.like(x)), channels)
             d.pool += [d.run(f"{bn}({conv}({y})).relu()"), d.run(f"{bn}({conv}({x}))")]
         case "own norms":
-            other = d.own("bn", norm_layer(d, channels))
+            other = d.own("bn", norm_like(d, x))
             y = d.run(f"{bn}({conv}({x})).relu()")
             d.pool.append(join(d, y, d.run(f"{other}({conv}({y}))")))
         case "tied weights":
@@ -519,7 +525,7 @@ def unused(d: Draft) -> None:
     """Layers that forward never calls, and a result that nobody reads."""
     x = d.pick()
     d.own("never", nn.Sequential(nn.Conv2d(5, 7, 3), nn.BatchNorm2d(7)))
-    d.run(f"{d.own('idle_bn', norm_layer(d, d.shape(x)[0]))}({x})")
+    d.run(f"{d.own('idle_bn', norm_like(d, x))}({x})")
 
 
 STEPS: dict[str, tuple[Callable[[Draft], None], int]] = {
