@@ -1,4 +1,4 @@
-"""The ``dnal`` command: start a run, resume it, print its results. ``main`` is the one to read.
+"""The ``dnal`` command: start a run, resume it, print or export its results. Read ``main`` first.
 
 A mistake of the user's ends in one line on stderr and exit code 2. Progress bars live here, not in
 the library.
@@ -21,18 +21,25 @@ from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 from dnal_mini import runlog
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dnal_mini.config import SearchConfig
+    from dnal_mini.prune import Pruned
 
 USAGE = """\
 usage: dnal run [RECIPE] [--field value ...] [--out DIR]
        dnal resume DIR
        dnal report DIR|FILE ... [--epochs] [--markdown]
+       dnal export DIR|FILE [--format onnx|pt2|both] [--no-deploy] [--out DIR]
        dnal recipes
 
 run      Train, learn the width, cut, fine-tune; the default recipe is digits (minutes on two
          cores). "dnal run --help" lists every field, "dnal run RECIPE --help" with its values.
 resume   Go on with an interrupted run at its last finished epoch.
 report   The results of one run, or a table of several. --epochs: one line per epoch.
+export   The dense and the pruned net of a finished run as ONNX and torch.export files, each
+         compared with the net; of a .safetensors file the pruned net alone. BatchNorm is folded
+         into the convolutions unless --no-deploy.
 recipes  The recipes, one line each.
 """
 
@@ -40,7 +47,13 @@ recipes  The recipes, one line each.
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code: 0 done, 2 the user's mistake, 130 interrupted."""
     words = sys.argv[1:] if argv is None else argv
-    commands = {"run": _run, "resume": _resume, "report": _report, "recipes": _recipes}
+    commands = {
+        "run": _run,
+        "resume": _resume,
+        "report": _report,
+        "export": _export,
+        "recipes": _recipes,
+    }
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
@@ -104,8 +117,6 @@ def _run(words: list[str]) -> None:
 
 def _resume(words: list[str]) -> None:
     """Continue the run in the folder with its own settings; a finished one prints its results."""
-    from dnal_mini.config import SearchConfig
-
     paths, _ = _paths_and_switches(words, ())
     if len(paths) != 1 or not paths[0].is_dir():
         got = " ".join(words) or "no folder"
@@ -113,13 +124,7 @@ def _resume(words: list[str]) -> None:
     if runlog.summary(paths[0])["finished"]:
         print(runlog.final_table(paths[0]))
         return
-    path, types = paths[0] / "config.json", get_type_hints(SearchConfig)
-    try:  # not the record's settings: they do not tell where the data lies
-        stored = dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"got {path} ({error}); need a run's settings; do start it anew") from None
-    names = [_known(name, types, "field") for name in stored]
-    _search(SearchConfig(**{n: _typed(n, stored[n], types[n]) for n in names}), paths[0])
+    _search(_settings(paths[0]), paths[0])
 
 
 def _report(words: list[str]) -> None:
@@ -138,6 +143,34 @@ def _report(words: list[str]) -> None:
         print(runlog.results_table(records, markdown))
 
 
+def _export(words: list[str]) -> None:
+    """The nets of a run, or that of a saved file, written for other runtimes and checked."""
+    from dnal_mini.deploy import export
+
+    rest = list(words)
+    kind = _known(_take(rest, "--format") or "both", ("onnx", "pt2", "both"), "format")
+    out = _take(rest, "--out")
+    paths, switches = _paths_and_switches(rest, ("--deploy", "--no-deploy"))
+    if len(paths) != 1 or len(switches) > 1:
+        got = " ".join(words) or "nothing to export"
+        raise ValueError(f"got {got}; need one run folder or .safetensors file; do see dnal --help")
+    nets, image_shape = _nets(paths[0])
+    folder = Path(out) if out else paths[0] if paths[0].is_dir() else paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+    head = f"{'file':<12}{'bytes':>14}{'ratio':>8}{'difference':>12}\n"
+    for suffix in ("onnx", "pt2") if kind == "both" else (kind,):
+        largest = None
+        for name, net in nets.items():
+            fold = "--no-deploy" not in switches
+            done = export(net, folder / f"{name}.{suffix}", image_shape, fold=fold)
+            largest = largest or done.bytes
+            ratio = f"{largest / done.bytes:.2f}x" if len(nets) > 1 else ""
+            line = f"{done.path.name:<12}{done.bytes:>14,}{ratio:>8}{done.difference:>12.1e}"
+            print(head + line, flush=True)  # at once: a file takes seconds
+            head = ""
+    print(f"\nin {folder}; difference: largest against eager torch, relative to the largest output")
+
+
 def _recipes(words: list[str]) -> None:
     """Name, model, epochs of the three stages, and the first line of each recipe."""
     from dnal_mini.recipes import RECIPES
@@ -149,6 +182,74 @@ def _recipes(words: list[str]) -> None:
         about = (recipe.__doc__ or "").strip().splitlines()[0]
         print(f"{name:<20} {config.model:<12} {'+'.join(map(str, epochs))} epochs\n    {about}")
     print("\nepochs: weight stage + architecture stage + fine-tuning")
+
+
+# Reading what a run left ------------------------------------------------------------------------
+
+
+def _settings(folder: Path) -> "SearchConfig":
+    """The settings of the run in a folder; not the record's, which do not say where the data is."""
+    from dnal_mini.config import SearchConfig
+
+    path, types = folder / "config.json", get_type_hints(SearchConfig)
+    try:
+        stored = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"got {path} ({error}); need a run's settings; do start it anew") from None
+    names = [_known(name, types, "field") for name in stored]
+    return SearchConfig(**{n: _typed(n, stored[n], types[n]) for n in names})
+
+
+def _nets(path: Path) -> tuple[dict[str, "nn.Module"], tuple[int, ...]]:
+    """The dense and the pruned net of a run folder, or the pruned one of a file; their images."""
+    whole = path.is_dir()
+    file = path / "small.safetensors" if whole else path
+    if whole and not file.exists():
+        raise ValueError(f"got {path} without {file.name}; need a finished run; do dnal resume it")
+    if not whole and path.suffix != ".safetensors":
+        raise ValueError(f"got {path}; need a run folder or a .safetensors file; do check the path")
+    small = _saved(file)
+    nets = {"dense": _dense(path, small)} if whole else {}
+    return nets | {"pruned": small.module}, tuple(small.spec["image_shape"])
+
+
+def _saved(path: Path) -> "Pruned":
+    """A file of ``save`` with the builder that it names."""
+    from dnal_mini.models import MODELS
+    from dnal_mini.netfile import load
+
+    def build(
+        builder: str = "", num_classes: int = 10, width: float = 1.0, image_size: int | None = None
+    ) -> "nn.Module":
+        if builder not in MODELS:
+            need = ", ".join(MODELS)
+            raise ValueError(f"got {path} of another model; need {need}; do call deploy.export")
+        more = {} if image_size is None else {"image_size": image_size}
+        return MODELS[builder](num_classes, width, **more)
+
+    return load(path, build)
+
+
+def _dense(folder: Path, small: "Pruned") -> "nn.Module":
+    """The dense net that the run compared with: the baseline, else as stage 1 left it."""
+    import torch
+
+    from dnal_mini.gate import add_gates, gates
+    from dnal_mini.models import MODELS
+    from dnal_mini.prune import drop_gates
+
+    config = _settings(folder)
+    path = folder / f"{'baseline' if config.baseline else 'weight_stage'}.pt"
+    arguments = {name: value for name, value in small.spec["config"].items() if name != "builder"}
+    net = add_gates(MODELS[config.model](**arguments), config.order)
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
+    except Exception as error:  # torch raises several kinds for a damaged file
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(f"got {path} ({reason}); need this run's; do resume the run") from error
+    for gate in gates(net).values():
+        torch.nn.init.constant_(gate.s, float("inf"))  # open, whatever delta and threshold
+    return drop_gates(net)
 
 
 # Running ----------------------------------------------------------------------------------------
@@ -249,6 +350,19 @@ def _typed(flag: str, value: Any, kind: Any) -> Any:
         need = " or ".join(str(getattr(choice, "__name__", choice)) for choice in choices)
         got = " ".join(repr(word) for word in values)
         raise ValueError(f"got {flag} {got}; need {need}; do see dnal run --help") from None
+
+
+def _take(words: list[str], flag: str) -> str | None:
+    """The text of ``--flag TEXT`` or ``--flag=TEXT``, taken out of the words; None if not there."""
+    for at, word in enumerate(words):
+        name, equals, text = word.partition("=")
+        if name == flag:
+            if not equals and not words[at + 1 :]:
+                raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
+            text = text if equals else words[at + 1]
+            del words[at : at + (1 if equals else 2)]
+            return text
+    return None
 
 
 def _paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[list[Path], set[str]]:

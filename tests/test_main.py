@@ -5,17 +5,20 @@ import io
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import dnal_mini
 from dnal_mini import runlog, search
 from dnal_mini.__main__ import Display, main
 from dnal_mini.config import SearchConfig
+from dnal_mini.deploy import onnx_runner
 from dnal_mini.recipes import RECIPES
 
 RESULT = {
@@ -117,6 +120,15 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("report nowhere", ["no run record at nowhere"]),
         ("report . --epoch", ["'--epoch'", "need --epochs"]),
         ("recipes --all", ["'--all'"]),
+        ("export", ["nothing to export"]),
+        ("export nowhere", ["nowhere", "run folder or a .safetensors file"]),
+        ("export a b", ["a b"]),
+        ("export .", ["without small.safetensors", "finished run"]),
+        ("export . --format onxx", ["'onxx'", "need onnx"]),
+        ("export . --format", ["--format alone"]),
+        ("export . --out", ["--out alone"]),
+        ("export . --deploy --no-deploy", ["--deploy --no-deploy"]),
+        ("export . --fold", ["'--fold'", "--no-deploy"]),
     ],
 )
 def test_a_mistake_gets_one_line_and_leaves_nothing_behind(
@@ -188,7 +200,7 @@ def test_the_module_runs_as_a_command_and_exits_with_2(folder: Path):
 def test_help_names_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(words) == 0
     output = capsys.readouterr()
-    assert all(f"dnal {name}" in output.out for name in ("run", "resume", "report", "recipes"))
+    assert all(f"dnal {name}" in output.out for name in ("run", "report", "export", "recipes"))
     assert output.err == ""
 
 
@@ -405,3 +417,132 @@ def test_report_of_a_cut_record_warns_in_one_line(
     assert "not finished (weight_stage, epoch 2)" in output.out
     assert output.err.startswith("dnal: warning: a/record.jsonl: line 5 is cut short")
     assert output.err.count("\n") == 1
+
+
+# Exports ----------------------------------------------------------------------------------------
+
+
+def tiny_run(*words: str) -> None:
+    """Run the smallest search."""
+    settings = "--data toy --val 17 --width 0.05 --batch 64 --weight-epochs 1 --arch-epochs 1"
+    settings += " --fine-tune-epochs 1 --gate-price 3e-3 --threshold 0.9"
+    assert main(["run", *settings.split(), *words]) == 0
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real run."""
+    out = tmp_path_factory.mktemp("runs") / "r"
+    tiny_run("--out", str(out))
+    return out
+
+
+def plain_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint under the names of the net without gates."""
+    state = torch.load(checkpoint, weights_only=True)["net"]
+    plain = {name.replace(".norm.", "."): tensor for name, tensor in state.items()}
+    return {name: t for name, t in plain.items() if ".gate." not in name and "_gate." not in name}
+
+
+def check_exported(run: Path, files: Path, stage: str) -> None:
+    """The two files compute what the nets of the run compute, in eval mode."""
+    small = dnal_mini.load(run / "small.safetensors", dnal_mini.models.vgg16)
+    dense = dnal_mini.models.vgg16(small.spec["config"]["num_classes"], width=0.05)
+    dense.load_state_dict(plain_weights(run / f"{stage}.pt"))
+    images = torch.randn(5, *small.spec["image_shape"])
+    for name, net in (("dense", dense), ("pruned", small.module)):
+        found = torch.export.load(files / f"{name}.pt2").module()(images)
+        torch.testing.assert_close(found, net.eval()(images))
+
+
+def test_export_of_a_run_writes_its_dense_and_its_pruned_net(
+    finished: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["export", str(finished), "--format", "pt2", "--out", "new/files"]) == 0
+    head, dense_line, pruned_line, _, last = capsys.readouterr().out.splitlines()
+    assert head.split() == ["file", "bytes", "ratio", "difference"]
+    files = [Path("new/files") / f"{name}.pt2" for name in ("dense", "pruned")]
+    assert sorted(Path("new/files").iterdir()) == files
+    sizes = [file.stat().st_size for file in files]
+    ratio = f"{sizes[0] / sizes[1]:.2f}x"
+    assert dense_line.split()[:3] == ["dense.pt2", f"{sizes[0]:,}", "1.00x"]
+    assert pruned_line.split()[:3] == ["pruned.pt2", f"{sizes[1]:,}", ratio]
+    assert all(float(line.split()[3]) < 1e-4 for line in (dense_line, pruned_line))
+    assert last.startswith("in new/files;")
+    check_exported(finished, Path("new/files"), "baseline")
+
+
+def test_without_a_baseline_the_dense_net_is_that_of_stage_1(finished: Path, folder: Path):
+    shutil.copytree(finished, "r")
+    settings = json.loads(Path("r/config.json").read_text())
+    Path("r/config.json").write_text(json.dumps(settings | {"baseline": False}))
+    assert main(["export", "r", "--format=pt2", "--no-deploy"]) == 0
+    new = {path.name for path in Path("r").iterdir()} - {path.name for path in finished.iterdir()}
+    assert new == {"dense.pt2", "pruned.pt2"}
+    check_exported(Path("r"), Path("r"), "weight_stage")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["conv-bn-relu-ss", "conv-ss-bn-relu"])
+def test_runs_with_their_gates_elsewhere_are_exported_too(order: str, folder: Path):
+    tiny_run("--order", order, "--out", "r")
+    assert main(["export", "r", "--format", "pt2"]) == 0
+    check_exported(Path("r"), Path("r"), "baseline")
+
+
+@pytest.fixture
+def saved(folder: Path) -> dnal_mini.Pruned:
+    """A pruned net in the file small.safetensors."""
+    gated = dnal_mini.add_gates(dnal_mini.models.vgg16(7, width=0.05, image_size=16))
+    for gate in dnal_mini.gates(gated).values():
+        torch.nn.init.uniform_(gate.s.data[1:], -1, 1)
+        gate.s.data[0] = 1
+    dnal_mini.set_gates(gated, mode="hard", delta=1e4)
+    small = dnal_mini.prune(gated.eval(), (3, 16, 16))
+    dnal_mini.save(small, "small.safetensors")
+    return small
+
+
+def test_export_of_a_file_writes_the_pruned_net_beside_it(
+    saved: dnal_mini.Pruned, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("onnxruntime")
+    assert main(["export", "small.safetensors", "--format", "onnx"]) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    file, size, difference = output.out.splitlines()[1].split()
+    assert (file, size) == ("pruned.onnx", f"{Path('pruned.onnx').stat().st_size:,}")
+    assert float(difference) < 1e-4
+    assert {path.name for path in Path().iterdir()} == {"small.safetensors", "pruned.onnx"}
+    images = torch.randn(3, 3, 16, 16)
+    found = torch.from_numpy(onnx_runner("pruned.onnx")(images.numpy()))
+    torch.testing.assert_close(found, saved.module.eval()(images).detach())
+
+
+def test_files_that_cannot_be_exported_are_told(
+    saved: dnal_mini.Pruned, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    whole = Path("small.safetensors").read_bytes()
+    Path("cut.safetensors").write_bytes(whole[:-9])
+    for name, part in (("cut", "cut.safetensors, cut short"), ("gone", "gone.safetensors")):
+        assert main(["export", f"{name}.safetensors"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert part in line
+    saved.spec["config"] = None  # as of a network that is not one of the package's
+    dnal_mini.save(saved, "own.safetensors")
+    assert "own.safetensors of another model" in refusal(capsys, "export", "own.safetensors")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+    assert "dnal-mini[export]" in refusal(capsys, "export", "small.safetensors")
+    assert not [path for path in Path().iterdir() if path.suffix != ".safetensors"]
+
+
+def test_a_run_whose_checkpoint_is_gone_or_of_another_net_is_told(
+    saved: dnal_mini.Pruned, capsys: pytest.CaptureFixture[str]
+):
+    settings = dataclasses.asdict(SearchConfig(model="vgg16", width=0.05))
+    Path("config.json").write_text(json.dumps(settings))
+    assert "baseline.pt" in refusal(capsys, "export", ".")
+    torch.save({"net": dnal_mini.models.vgg16(7, width=0.1).state_dict()}, "baseline.pt")
+    assert "baseline.pt" in refusal(capsys, "export", ".")
+    Path("config.json").unlink()
+    assert "config.json" in refusal(capsys, "export", ".")
