@@ -20,7 +20,30 @@ import dnal_mini as dnal
 RESIDUALS = ("scatter", "tie")
 EXACT = 1e-9  # relative, of a net in float64
 ROUNDED = 1e-5  # relative, of a net in float32: a constant in a bias is rounded there
-FIXED: list[tuple[list[Step], int]] = []
+FIXED: dict[str, tuple[list[Step], int]] = {  # shrunk programs that failed once
+    "weight norm behind a constant": ([("divide", 55976), ("residual", 43103)], 16),
+    "constant into a grouped convolution": (
+        [("residual", 32639), ("conv", 19580), ("residual", 36875)],
+        109,
+    ),
+    "weight shared by two convolutions": ([("concat", 10351), ("shared", 21454)], 204),
+    "constant that a second cut finds": (
+        [("depthwise", 46710), ("shuffle", 14708), ("conv", 60863), ("activation", 27515)],
+        209,
+    ),
+    "output that ignores its image": ([("pool", 57917), ("residual", 10366), ("conv", 3600)], 235),
+    "scalar from a sum": ([("wall", 9587)], 283),
+    "norm that nobody reads": ([("unused", 49444)], 244),
+    "norm that nobody calls": ([("unused", 30160)], 12),
+    "slope per channel in a cut chain": ([("divide", 32787)], 254),
+    "slope per channel before a shuffle": ([("shuffle", 48703)], 86),
+    "gate before the norm of an image": ([("norm", 4359)], 4),
+    "gate before the norm of a concatenation": ([("concat", 48469)], 22),
+    "gate behind a sigmoid": ([("supernet", 22109)], 56),
+    "gate behind an activation in a Sequential": ([("supernet", 41644)], 26),
+    "norm without affine": ([("option_a", 20974)], 275),
+    "norm of a concatenation, read twice": ([("concat", 23929), ("concat", 24557)], 80),
+}
 
 
 class Broken(AssertionError):
@@ -108,12 +131,18 @@ def judge(
     if dnal.gates(small.module):
         raise Broken(f"gates left: {list(dnal.gates(small.module))}")
     after = costs(small.module)
-    if any(new > old for new, old in zip(after, dense, strict=True)):
+    if after[0] > dense[0] + lent_affines(net) or after[1] > dense[1]:
         raise Broken(f"grows with {residual}: params and MACs {dense} become {after}")
     if same_in_training(small):
         expected, got = leaves(net, images, train=True), leaves(small.module, images, train=True)
         if not (difference := largest_difference(expected, got)) <= 1e-5:
             raise Broken(f"trains otherwise with {residual}: {difference:.1e} in training mode")
+
+
+def lent_affines(net: nn.Module) -> int:
+    """Parameters that norms without affine get, so that a closed channel in them can be zero."""
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    return sum(2 * norm.num_features for norm in norms if not norm.affine)
 
 
 def same_in_training(small: dnal.Pruned) -> bool:
@@ -175,7 +204,7 @@ def test_hypothesis_finds_no_net_that_changes(steps: list[Step], seed: int):
     assert not found, f"{found}\n({steps}, {seed}),\n{build(steps).source}"
 
 
-@pytest.mark.parametrize(("steps", "seed"), FIXED)
+@pytest.mark.parametrize(("steps", "seed"), FIXED.values(), ids=FIXED.keys())
 def test_a_net_that_once_failed_is_exact(steps: list[Step], seed: int):
     found = complaint(steps, seed)
     assert not found, f"{found}\n{build(steps).source}"
