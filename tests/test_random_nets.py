@@ -42,6 +42,34 @@ FIXED: dict[str, tuple[list[Step], int]] = {  # shrunk programs that failed once
     "gate behind a sigmoid": ([("supernet", 22109)], 56),
     "gate behind an activation in a Sequential": ([("supernet", 41644)], 26),
     "norm without affine": ([("option_a", 20974)], 275),
+    "closed gate in a weight that two convolutions share": ([("shared", 53002)], 442),
+    "closed gate in a convolution called twice": ([("residual", 1071), ("shared", 4979)], 358),
+    "closed gate in a weight norm": ([("pad", 59379)], 448),
+    "constant into a convolution called twice": (
+        [
+            ("transposed", 8376),
+            ("pool", 40500),
+            ("concat", 10870),
+            ("shared", 40651),
+            ("supernet", 59133),
+        ],
+        361,
+    ),
+    "tie that grows": (
+        [("shuffle", 50971), ("interpolate", 30040), ("conv", 26954), ("divide", 61324)],
+        400,
+    ),
+    "trunk that a second cut thins": (
+        [
+            ("depthwise", 31746),
+            ("norm", 2387),
+            ("residual", 44545),
+            ("shared", 32427),
+            ("depthwise", 58693),
+        ],
+        391,
+    ),
+    "image changed in place": ([("activation", 26390)], 420),
     "norm of a concatenation, read twice": ([("concat", 23929), ("concat", 24557)], 80),
 }
 
@@ -76,7 +104,8 @@ def leaves(net: nn.Module, images: Tensor, train: bool = False) -> list[Tensor]:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train(train)
     with torch.no_grad():
-        return [leaf.clone() for leaf in tree_leaves(net(images)) if isinstance(leaf, Tensor)]
+        outputs = tree_leaves(net(images.clone()))  # forward may change its images in place
+    return [leaf.clone() for leaf in outputs if isinstance(leaf, Tensor)]
 
 
 def largest_difference(expected: list[Tensor], got: list[Tensor]) -> float:
