@@ -7,7 +7,8 @@ from dnal_mini import models, recipes
 from dnal_mini.cost import Cost, Latency, cost, latency
 from dnal_mini.data import fix_torchvision
 from dnal_mini.gate import ScaledSigmoid, add_gates, delta_schedule, gates, set_gates
-from dnal_mini.prune import Pruned, load, prune, save
+from dnal_mini.netfile import load, save
+from dnal_mini.prune import Pruned, prune
 from dnal_mini.search import SearchConfig, run
 
 __all__ = [

@@ -32,7 +32,8 @@ from dnal_mini.gate import (
     weight_parameters,
 )
 from dnal_mini.models import MODELS
-from dnal_mini.prune import Pruned, drop_gates, load, prune, save
+from dnal_mini.netfile import load, save
+from dnal_mini.prune import Pruned, drop_gates, prune
 from dnal_mini.runfolder import RunFolder
 from dnal_mini.train import (
     Progress,
@@ -220,7 +221,7 @@ def collapse_floors(
     """
     opened = copy.deepcopy(net)
     for gate in gates(opened).values():
-        torch.nn.init.ones_(gate.s)
+        torch.nn.init.constant_(gate.s, math.inf)
     floors = {}
     if isinstance(net, torch.fx.GraphModule):
         sites = {name: name.removesuffix("_gate") for name in gates(net)}

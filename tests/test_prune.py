@@ -15,7 +15,8 @@ from dnal_mini.channels import ChannelMap
 from dnal_mini.cost import cost
 from dnal_mini.gate import add_gates, arch_parameters, gates, set_gates
 from dnal_mini.models import MODELS
-from dnal_mini.prune import drop_gates, largest_difference, load, prune, save
+from dnal_mini.netfile import load, save
+from dnal_mini.prune import drop_gates, largest_difference, prune
 
 SHAPE = (3, 16, 16)
 NETS = {

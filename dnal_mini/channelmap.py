@@ -1,0 +1,45 @@
+"""One module that gathers, scatters, pads or empties channels."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class ChannelMap(nn.Module):
+    """Output channel j is input channel ``source[j]``, or all zeros where ``source[j]`` is -1.
+
+    Input: (n, c, ...); output: (n, len(source), ...). For images every ``stride``-th pixel is
+    taken: (n, c, h, w) gives (n, len(source), ceil(h / stride), ceil(w / stride)). One module
+    serves as gather, as scatter, as ResNet's parameter-free shortcut, and (all -1) as a branch
+    that is gone.
+
+    Source: He et al. 2016, shortcut option A.
+    Raises: ValueError for an index under -1 or a stride under 1.
+    """
+
+    source: Tensor  # (out channels,), long
+    _to: Tensor
+    _from: Tensor
+    fx_leaf = True
+
+    def __init__(self, source: Sequence[int] | Tensor, stride: int = 1) -> None:
+        super().__init__()
+        source = torch.as_tensor(source, dtype=torch.long)
+        if source.dim() != 1 or len(source) == 0 or int(source.min()) < -1 or stride < 1:
+            raise ValueError(f"got source {source.tolist()}, stride {stride}; need indices >= -1")
+        self.stride = stride
+        self.register_buffer("source", source, persistent=False)
+        self.register_buffer("_to", (source >= 0).nonzero()[:, 0], persistent=False)
+        self.register_buffer("_from", source[source >= 0], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if len(self._to) == len(self.source):
+            return x.index_select(1, self.source)
+        out = x.new_zeros(x.shape[0], len(self.source), *x.shape[2:])
+        return out.index_copy(1, self._to, x.index_select(1, self._from))
+
+    def extra_repr(self) -> str:
+        return f"{int(self.source.max()) + 1}+ -> {len(self.source)}, stride={self.stride}"

@@ -1,0 +1,86 @@
+"""What the analysis knows of a network: facts per tensor and channel."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dnal_mini.shadow import Shadow
+
+ZERO, CONSTANT, FIXED, LIVE = 0, 1, 2, 3
+
+
+@dataclass
+class Facts:
+    """What is known of one tensor, per channel (all vectors: (channels,))."""
+
+    kind: str  # the word of operations.py
+    state: Tensor  # ZERO, CONSTANT, FIXED or LIVE; uint8
+    value: Tensor  # the constant, float64, in eval mode; 0 where there is none
+    steady: Tensor  # bool: state and value hold in train mode, too
+    needed: Tensor  # bool
+    sources: list[tuple[fx.Node, Tensor]]  # channel j is made of channel source[j] of that node
+    # (-1: of none); an empty list where all channels are mixed
+    inputs: Tensor | None = None  # layers with weights: channel at each position of the input
+    given: Any = ()  # arguments that are not tensors
+    blocks: list[Tensor] = field(default_factory=list)  # must keep equally many channels each
+
+    @property
+    def kept(self) -> Tensor:
+        """Channels that must physically be there: not zero, and needed."""
+        return (self.state != ZERO) & self.needed
+
+
+@dataclass
+class Analysis:
+    """The traced network with its facts; made by ``channels.analyse``."""
+
+    graph: fx.GraphModule
+    facts: dict[fx.Node, Facts] = field(default_factory=dict)  # of nodes that return tensors
+    values: dict[fx.Node, Any] = field(default_factory=dict)  # their shadows; sizes; numbers
+    walls: dict[fx.Node, str] = field(default_factory=dict)
+    shared: dict[str, list[fx.Node]] = field(default_factory=dict)  # modules called again
+
+    def module(self, node: fx.Node) -> Any:
+        """The module that a call_module node calls; of the class that its kind promises."""
+        return self.graph.get_submodule(str(node.target))
+
+    def output_is_constant(self) -> bool:
+        """True if the network's output is the same for every image."""
+        (output,) = (n for n in self.graph.graph.nodes if n.op == "output")
+        return all(bool((self.facts[n].state != LIVE).all()) for n in output.all_input_nodes)
+
+    def add(
+        self,
+        node: fx.Node,
+        kind: str,
+        shadow: Shadow | tuple[Shadow, ...],
+        state: Tensor,
+        value: Tensor | None = None,
+        steady: Tensor | None = None,
+        sources: list[tuple[fx.Node, Tensor]] | None = None,
+        **more: Any,
+    ) -> None:
+        """Store what is known of a node's result."""
+        count = len(state)
+        value = torch.zeros(count, dtype=torch.float64) if value is None else value.clone()
+        steady = torch.ones(count, dtype=torch.bool) if steady is None else steady.clone()
+        needed = torch.zeros(count, dtype=torch.bool)
+        state = state.to(torch.uint8, copy=True)
+        self.facts[node] = Facts(kind, state, value, steady, needed, sources or [], **more)
+        self.values[node] = shadow
+
+
+def known(state: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a channel is neither live nor fixed its value is known: zero or another."""
+    exact = torch.where(value == 0, ZERO, CONSTANT).to(torch.uint8)
+    state = torch.where(state >= FIXED, state.to(torch.uint8), exact)
+    return state, value.masked_fill(state >= FIXED, 0)
+
+
+def pick(x: Facts, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """State, value and steadiness of channels ``at``; -1 is zero."""
+    safe, none = at.clamp(min=0), at < 0
+    state = x.state[safe].masked_fill(none, ZERO)
+    return state, x.value[safe].masked_fill(none, 0), x.steady[safe] | none
