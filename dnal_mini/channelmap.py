@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class ChannelMap(nn.Module):
@@ -19,8 +20,7 @@ class ChannelMap(nn.Module):
     """
 
     source: Tensor  # (out channels,), long
-    _to: Tensor
-    _from: Tensor
+    _behind_zero: Tensor
     fx_leaf = True
 
     def __init__(self, source: Sequence[int] | Tensor, stride: int = 1) -> None:
@@ -29,17 +29,17 @@ class ChannelMap(nn.Module):
         if source.dim() != 1 or len(source) == 0 or int(source.min()) < -1 or stride < 1:
             raise ValueError(f"got source {source.tolist()}, stride {stride}; need indices >= -1")
         self.stride = stride
+        self.all_there = int(source.min()) >= 0
         self.register_buffer("source", source, persistent=False)
-        self.register_buffer("_to", (source >= 0).nonzero()[:, 0], persistent=False)
-        self.register_buffer("_from", source[source >= 0], persistent=False)
+        self.register_buffer("_behind_zero", source + 1, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
-        if len(self._to) == len(self.source):
+        if self.all_there:
             return x.index_select(1, self.source)
-        out = x.new_zeros(x.shape[0], len(self.source), *x.shape[2:])
-        return out.index_copy(1, self._to, x.index_select(1, self._from))
+        before = (0, 0) * (x.dim() - 2) + (1, 0)  # a channel of zeros in front: number -1
+        return F.pad(x, before).index_select(1, self._behind_zero)
 
     def extra_repr(self) -> str:
         return f"{int(self.source.max()) + 1}+ -> {len(self.source)}, stride={self.stride}"

@@ -47,10 +47,23 @@ def analyse(
 
     Raises: ValueError if torch.fx cannot trace the network or the image does not fit it.
     """
+    return facts_of(prepare(net, image_shape), zeroed)
+
+
+def prepare(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
+    """The traced network with the shape of every tensor stored in it.
+
+    Raises: ValueError if torch.fx cannot trace the network or the image does not fit it.
+    """
     graph = graph_of_both_modes(net)
-    written = settle_in_place(graph)
     measure_shapes(graph, image_shape)
+    return graph
+
+
+def facts_of(graph: fx.GraphModule, zeroed: Collection[str] = ()) -> Analysis:
+    """``analyse`` for a graph that ``prepare`` made; cheap enough to ask many questions."""
     analysis = Analysis(graph, shared=called_again(graph))
+    written = settle_in_place(graph)
     for node in graph.graph.nodes:
         _forward(node, analysis)
         if node in analysis.facts and (node in written or str(node.target) in zeroed):

@@ -164,9 +164,9 @@ def _check_numbers(net: nn.Module) -> None:
     for name, norm in net.named_modules():
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
             continue
-        batches = norm.num_batches_tracked
-        fresh = batches is not None and int(batches) == 0
-        fresh &= bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())
+        seen = norm.num_batches_tracked
+        untouched = (norm.running_mean == 0) & (norm.running_var == 1)  # type: ignore[operator]
+        fresh = seen is not None and int(seen) == 0 and bool(untouched.all())
         if norm.training and fresh:
             raise ValueError(
                 f"got a net in training mode whose {name} has seen no batch; need settled "

@@ -84,6 +84,11 @@ def _on_values(node: fx.Node, analysis: Analysis, vectors: dict[fx.Node, Tensor]
     return call(node, analysis.graph, args, kwargs).double()
 
 
+def _sizes(arguments: Any, values: dict[fx.Node, Any]) -> Any:
+    """Arguments with the numbers that nodes stand for."""
+    return map_arg(arguments, lambda n: values[n])
+
+
 def usable(shadow: Any, module: Any, kind: str) -> bool:
     """True if the positions of a tensor are those that a layer's weights are made for."""
     if not isinstance(shadow, Shadow) or shadow.keys is None:
@@ -286,7 +291,8 @@ def mean_of(node: fx.Node, shadow: Shadow, values: dict[fx.Node, Any]) -> Shadow
     if shadow.keys is None:
         raise Broken("channels are not along one axis")
     probe = torch.empty(shadow.shape, device="meta")
-    args, kwargs = map_arg((node.args[1:], dict(node.kwargs)), lambda n: values[n])
+    args: Any
+    args, kwargs = _sizes((node.args[1:], dict(node.kwargs)), values)
     result = getattr(torch, name_of(node))(probe, *args, **kwargs)
     dims = kwargs.get("dim", args[0] if args else None)
     if dims is None or not isinstance(result, Tensor):
@@ -323,8 +329,11 @@ def padding_of(
         mode = "constant" if name.startswith(("Zero", "Constant")) else name
         fill = getattr(module, "value", 0)
     else:
-        given = {**dict(zip(("x", "pad", "mode", "value"), node.args, strict=False)), **node.kwargs}
-        pads = list(map_arg(given["pad"], lambda n: values[n]))
+        given: dict[str, Any] = {
+            **dict(zip(("x", "pad", "mode", "value"), node.args, strict=False)),
+            **node.kwargs,
+        }
+        pads = list(_sizes(given["pad"], values))
         mode, fill = given.get("mode", "constant"), given.get("value")
     pairs = list(zip(pads[::2], pads[1::2], strict=True))
     own = len(shadow.shape) - 1 - shadow.axis

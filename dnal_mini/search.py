@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dnal_mini.channels import analyse
+from dnal_mini.channels import facts_of, prepare
 from dnal_mini.config import SearchConfig
 from dnal_mini.cost import latency_pair
 from dnal_mini.data import ImageSet, augment, cifar10, digits, toy_images
@@ -227,9 +227,9 @@ def collapse_floors(
         sites = {name: name.removesuffix("_gate") for name in gates(net)}
     else:
         sites = {name: name.removesuffix(".gate") for name in gates(net)}
-    plain = drop_gates(opened)
+    graph = prepare(drop_gates(opened), image_shape)
     for name, gate in gates(net).items():
-        if analyse(plain, image_shape, zeroed={sites[name]}).output_is_constant():
+        if facts_of(graph, zeroed={sites[name]}).output_is_constant():
             floors[name] = max(1, math.ceil(floor * len(gate.s)))
     return floors
 
