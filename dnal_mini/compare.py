@@ -31,7 +31,7 @@ FORMS = {
 }
 NEEDED_SPEED_UP = 1.05  # below this a speed-up is called no gain
 LOW_EFFICIENCY = 0.8  # below this the words look for reasons
-MULTIPLE = 8  # kernels work on blocks of channels: other widths are padded or take a slower path
+MULTIPLE = 8  # channels that kernels take at once (AVX-512: 16); other widths are padded or slow
 NOTABLE = 0.01  # share of the MACs from which a layer is named
 FEW_MACS_PER_BYTE = 4
 MUCH_TRAFFIC = 0.3  # share of the bytes from which slow traffic is worth a sentence
@@ -326,8 +326,11 @@ def _reasons(
     except ValueError as error:
         return [f"The widths were not looked at: {error}.", *map_words(maps)]
     batch = min(row["batch"] for row in rows)
+    widths = width_words(*tables)
+    if not widths and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        widths = width_words(*tables, 2 * MULTIPLE)
     memory = memory_words(*tables, batch)
-    return [*width_words(*tables), *map_words(maps), *memory, *fixed_cost_words(rows)]
+    return [*widths, *map_words(maps), *memory, *fixed_cost_words(rows)]
 
 
 def map_words(names: Sequence[str]) -> list[str]:
@@ -340,8 +343,8 @@ def map_words(names: Sequence[str]) -> list[str]:
     ]
 
 
-def width_words(dense: Sequence[Row], small: Sequence[Row]) -> list[str]:
-    """Names the cut layers whose width is no multiple of 8, and what rounding up would cost.
+def width_words(dense: Sequence[Row], small: Sequence[Row], multiple: int = MULTIPLE) -> list[str]:
+    """Names the cut layers whose width is no ``multiple``, and what rounding up would cost.
 
     ``dense`` and ``small``: rows of ``layer_table``. A layer is named if it is narrower than the
     layer of its name in the dense net and holds at least 1 % of the MACs. The price is that of
@@ -353,11 +356,11 @@ def width_words(dense: Sequence[Row], small: Sequence[Row]) -> list[str]:
         growth, wanted = 1.0, row["out_channels"]
         place = _place(row["name"], dense)
         if place is not None:
-            wanted = _next_width(wanted, dense[place]["out_channels"])
+            wanted = _next_width(wanted, dense[place]["out_channels"], multiple)
             growth = wanted / row["out_channels"]
             if row["kind"] != "depthwise":
                 inputs, full = _in_channels(small, index), _in_channels(dense, place)
-                growth *= _next_width(inputs, full) / inputs
+                growth *= _next_width(inputs, full, multiple) / inputs
         rounded += row["macs"] * growth
         share = row["macs"] / max(total, 1)
         if wanted > row["out_channels"] and share >= NOTABLE:
@@ -366,10 +369,10 @@ def width_words(dense: Sequence[Row], small: Sequence[Row]) -> list[str]:
     if not named:
         return []
     return [
-        f"{_count(named, 'layer')} that the cut left without a multiple of {MULTIPLE} channels may "
+        f"{_count(named, 'layer')} that the cut left without a multiple of {multiple} channels may "
         f"run below full speed: {_some([text for _, text in sorted(named)])}. Rounding all widths "
         f"up costs about {rounded / total - 1:.1%} more MACs and may still be faster: do "
-        f"prune(..., round_to={MULTIPLE})."
+        f"prune(..., round_to={multiple})."
     ]
 
 
@@ -379,9 +382,9 @@ def _place(name: str, table: Sequence[Row]) -> int | None:
     return next((names.index(n) for n in (name, name.rpartition(".")[0]) if n in names), None)
 
 
-def _next_width(width: int, full: int) -> int:
-    """The next multiple of 8, but not above the ``full`` width of the dense layer."""
-    return max(width, min(ceil(width / MULTIPLE) * MULTIPLE, full))
+def _next_width(width: int, full: int, multiple: int) -> int:
+    """The next multiple, but not above the ``full`` width of the dense layer."""
+    return max(width, min(ceil(width / multiple) * multiple, full))
 
 
 def _in_channels(table: Sequence[Row], index: int) -> int:
@@ -408,7 +411,7 @@ def memory_words(dense: Sequence[Row], small: Sequence[Row], batch: int = 1) -> 
         return []
     depthwise = sum(row["kind"] == "depthwise" for row in low)
     return [
-        f"At batch {batch} {len(low)} of {_count(rows, 'layer')} do under {FEW_MACS_PER_BYTE} MACs "
+        f"At batch {batch}, {len(low)} of {_count(rows, 'layer')} do under {FEW_MACS_PER_BYTE} MACs "
         f"per byte ({depthwise} of them depthwise): {share:.0%} of the bytes, "
         f"{sum(row['macs'] for row in low) / macs:.0%} of the MACs. They may run at the speed of "
         f"memory, and bytes fell {before / moved:.2f} times while MACs fell "

@@ -341,6 +341,18 @@ def test_odd_widths_are_named_with_the_next_multiple_and_its_price():
 
 def test_multiples_of_eight_are_not_complained_of():
     assert width_words(*tables(net(32), net(16))) == []
+    (sentence,) = width_words(*tables(net(32), net(24)), multiple=16)
+    assert "0 (24, next 32, " in sentence
+    assert "round_to=16" in sentence
+    assert sentence.startswith("1 layer ")  # 48 is a multiple of both
+
+
+@pytest.mark.parametrize(("capability", "named"), [("AVX2", False), ("AVX512", True)])
+def test_blocks_of_sixteen_are_a_matter_of_the_processor(capability, named, monkeypatch, clock):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    dense, small = net(32, Slow(clock, 9.0, 0.0)), net(24, Slow(clock, 9.0, 0.0))
+    words = compare(dense, small, SHAPE, (2,), ("eager",), budget_s=50.0).words
+    assert any("round_to=16" in sentence for sentence in words) is named
 
 
 def test_an_odd_width_that_the_cut_did_not_make_is_left_alone():
@@ -412,7 +424,7 @@ def test_thin_layers_are_told_with_their_share_of_bytes_and_macs():
     (sentence,) = memory_words(*tables(thin(dense), thin(small)), batch=7)
     moved = [7 * pixels * (3 + 3 * w) + 3 * w + 9 * w for w in (dense, small)]
     macs = [pixels * (3 * w + 9 * w) for w in (dense, small)]
-    assert sentence.startswith("At batch 7 2 of 2 layers do under 4 MACs per byte (1 of them")
+    assert sentence.startswith("At batch 7, 2 of 2 layers do under 4 MACs per byte (1 of them")
     assert "100% of the bytes, 100% of the MACs" in sentence
     assert f"bytes fell {moved[0] / moved[1]:.2f} times" in sentence
     assert f"MACs fell {macs[0] / macs[1]:.2f} times" in sentence
