@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from dnal_mini.channelmap import ChannelMap
-from dnal_mini.facts import CONSTANT, FIXED, LIVE, ZERO, Analysis, Facts
+from dnal_mini.facts import CONSTANT, FIXED, LIVE, ZERO, Analysis, Facts, Unknown
 from dnal_mini.graphs import (
     attribute,
     called_again,
     describe,
     graph_of_both_modes,
+    lent,
     measure_shapes,
     settle_in_place,
     shape_of,
@@ -62,7 +63,7 @@ def prepare(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
 
 def facts_of(graph: fx.GraphModule, zeroed: Collection[str] = ()) -> Analysis:
     """``analyse`` for a graph that ``prepare`` made; cheap enough to ask many questions."""
-    analysis = Analysis(graph, shared=called_again(graph))
+    analysis = Analysis(graph, shared=called_again(graph), lent=lent(graph))
     written = settle_in_place(graph)
     for node in graph.graph.nodes:
         _forward(node, analysis)
@@ -95,11 +96,11 @@ def _forward(node: fx.Node, analysis: Analysis) -> None:
     try:
         if kind == "number" or (not tensors and _is_arithmetic(node, kind, analysis)):
             analysis.values[node] = number(node, analysis.graph, analysis.values)
-        elif kind == "wall" or not tensors:
+        elif kind == "wall" or not tensors or str(node.target) in analysis.lent:
             _wall(node, analysis)
         else:
             RULES[kind](node, analysis)
-    except (Broken, RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+    except (Broken, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
         _wall(node, analysis)  # the operation is used in a way that the rules do not cover
 
 
@@ -109,10 +110,8 @@ def _live(count: int) -> Tensor:
 
 def _is_arithmetic(node: fx.Node, kind: str, analysis: Analysis) -> bool:
     """True for arithmetic on sizes: no input is a tensor or unknown."""
-    known = all(
-        n in analysis.values and not isinstance(analysis.values[n], Tensor)
-        for n in node.all_input_nodes
-    )
+    values = [analysis.values[n] for n in node.all_input_nodes]
+    known = not any(isinstance(value, Tensor | Unknown) for value in values)
     return known and kind in ("move", "join", "same") and not shape_of(node)
 
 
@@ -122,6 +121,8 @@ def _wall(node: fx.Node, analysis: Analysis) -> None:
     shape = shape_of(node)
     if len(shape) > 1:
         analysis.add(node, "wall", fresh(shape[1], shape), _live(shape[1]))
+    else:
+        analysis.values[node] = Unknown()
 
 
 # --- backward: needed or not -----------------------------------------------------------------
@@ -170,7 +171,8 @@ def folds(node: fx.Node, analysis: Analysis) -> Tensor:
     x = analysis.facts[node.all_input_nodes[0]]
     constant = x.state == CONSTANT
     module = analysis.module(node)
-    if str(node.target) in analysis.shared or not keeps_constants(module, facts.kind):
+    own = str(node.target) not in analysis.shared and getattr(module, "groups", 1) == 1
+    if not own or not keeps_constants(module, facts.kind):
         return torch.zeros(len(facts.inputs), dtype=torch.bool)
     readers = [analysis.facts[u].kind if u in analysis.facts else "" for u in node.users]
     if readers != ["norm"]:

@@ -11,6 +11,10 @@ from dnal_mini.shadow import Shadow
 ZERO, CONSTANT, FIXED, LIVE = 0, 1, 2, 3
 
 
+class Unknown:
+    """The value of a node that returns something the analysis does not follow."""
+
+
 @dataclass
 class Facts:
     """What is known of one tensor, per channel (all vectors: (channels,))."""
@@ -41,6 +45,7 @@ class Analysis:
     values: dict[fx.Node, Any] = field(default_factory=dict)  # their shadows; sizes; numbers
     walls: dict[fx.Node, str] = field(default_factory=dict)
     shared: dict[str, list[fx.Node]] = field(default_factory=dict)  # modules called again
+    lent: set[str] = field(default_factory=set)  # modules that share a parameter with others
 
     def module(self, node: fx.Node) -> Any:
         """The module that a call_module node calls; of the class that its kind promises."""

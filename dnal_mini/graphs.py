@@ -69,6 +69,17 @@ def called_again(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
     return {name: nodes for name, nodes in calls.items() if len(nodes) > 1}
 
 
+def lent(net: nn.Module) -> set[str]:
+    """Modules that share a parameter with another module, by all their names."""
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in net.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, set()).add(module)
+    sharing = {m for modules in owners.values() if len(modules) > 1 for m in modules}
+    return {n for n, m in net.named_modules(remove_duplicate=False) if m in sharing}
+
+
 def measure_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
     """Store the shape of every tensor in its node, by running images through in eval mode.
 

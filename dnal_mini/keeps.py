@@ -61,6 +61,9 @@ def settle(analysis: Analysis, residual: str, min_channels: int = 1, round_to: i
             _give_way(misfit, analysis, keeps)
 
 
+REFUSALS = (Broken, RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+
+
 class Misfit(Exception):
     """The forward code does not fit the narrow widths at ``node``."""
 
@@ -353,7 +356,14 @@ class Walk:
                 continue
             try:
                 self._step(node)
-            except (Broken, RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+            except (
+                Broken,
+                RuntimeError,
+                TypeError,
+                ValueError,
+                LookupError,
+                AttributeError,
+            ) as error:
                 reason = str(error).strip().splitlines()
                 raise Misfit(node, reason[0] if reason else type(error).__name__) from error
         for calls in self.analysis.shared.values():
@@ -398,7 +408,7 @@ class Walk:
             if isinstance(a, Shadow):
                 if a.shape != b.shape or not torch.equal(a.codes(), b.codes()):
                     raise Broken("a wall reads it")
-            elif a != b:
+            elif a is not b and a != b:
                 raise Broken("a wall reads a width")
 
     def _lay(self, node: fx.Node, facts: Facts) -> None:

@@ -130,6 +130,12 @@ def _module_kind(module: nn.Module) -> str:
     return "same" if is_torchs and kind.__name__.lower() in SAME else "wall"
 
 
+def is_changed(module: nn.Module) -> bool:
+    """True if hooks or parametrized weights make a module do something of its own."""
+    hooks = bool(module._forward_hooks) or bool(module._forward_pre_hooks)
+    return hooks or parametrize.is_parametrized(module)
+
+
 def in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
     """True if the operation overwrites its first input."""
     if node.op == "call_module":

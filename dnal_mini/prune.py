@@ -29,8 +29,9 @@ from dnal_mini.gate import (
     set_gates,
     trace,
 )
+from dnal_mini.graphs import lent
 from dnal_mini.keeps import HELD, TIED, WALL, Keeps, settle
-from dnal_mini.operations import in_place
+from dnal_mini.operations import in_place, is_changed
 from dnal_mini.rules import WEIGHTS, constant_part
 
 Residual = Literal["scatter", "tie"]
@@ -165,7 +166,7 @@ def _check_numbers(net: nn.Module) -> None:
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
             continue
         seen = norm.num_batches_tracked
-        untouched = (norm.running_mean == 0) & (norm.running_var == 1)  # type: ignore[operator]
+        untouched = (norm.running_mean == 0) & (norm.running_var == 1)
         fresh = seen is not None and int(seen) == 0 and bool(untouched.all())
         if norm.training and fresh:
             raise ValueError(
@@ -212,31 +213,50 @@ def _decided(net: nn.Module, absorb: bool) -> nn.Module:
 def drop_gates(net: nn.Module, absorb: bool = False) -> nn.Module:
     """A copy without SS layers that computes what the hard-gated network computes, exactly.
 
-    A closed gate becomes gamma = beta = 0 in its BatchNorm (or a zero filter in front of it). An
-    open one counts as 1, or with ``absorb`` as its p: gamma and beta are multiplied by it.
+    A closed gate becomes gamma = beta = 0 in its BatchNorm, or a zero filter in front of it; where
+    there is neither, or others use the same numbers, a ``ChannelMap`` puts zeros there. An open
+    gate counts as 1, or with ``absorb`` as its p: gamma and beta are multiplied by it.
 
-    Raises: ValueError for a gate that stands behind neither a BatchNorm nor a convolution, or,
-    with ``absorb``, behind an activation that a factor cannot pass.
+    Raises: ValueError, with ``absorb`` only, for a gate whose p fits into no layer.
     """
     net = copy.deepcopy(net)
     graph, places = trace(net), Places(net)
-    done = set()
-    for node in graph.graph.nodes:
-        if node.op != "call_module" or node.target in done:
-            continue
-        done.add(node.target)
-        name, module = str(node.target), graph.get_submodule(str(node.target))
+    calls = [n for n in graph.graph.nodes if n.op == "call_module"]
+    nodes = {str(n.target): n for n in calls}
+    common = lent(net) | {str(n.target) for n in calls if n is not nodes[str(n.target)]}
+    owned = {m.gate for m in net.modules() if isinstance(m, GatedNorm)}
+    for module, names in places.names.items():
         gate = module.gate if isinstance(module, GatedNorm) else module
-        if not isinstance(gate, ScaledSigmoid):
+        if not isinstance(gate, ScaledSigmoid) or module in owned:
             continue
         gain = gate.is_open.to(gate.s) * (gate.p if absorb else 1)
-        if isinstance(module, GatedNorm) and not module.gate_first:
-            _scale(module.norm, gain, name)
+        norm = module.norm if isinstance(module, GatedNorm) else nn.Identity()
+        behind = isinstance(module, GatedNorm) and not module.gate_first
+        if behind:
+            layer = None if common & {f"{name}.norm" for name in names} else norm
         else:
-            _scale(_producer(node, graph, homogeneous=absorb), gain, name)
-        stays = module.norm if isinstance(module, GatedNorm) else nn.Identity()
-        places.replace(module, stays)
+            node = next((nodes[name] for name in names if name in nodes), None)
+            layer = _producer(node, graph, common, homogeneous=absorb)
+        places.replace(module, _without_gate(norm, layer, gain, names[0], behind))
     return net
+
+
+def _without_gate(
+    norm: nn.Module, layer: nn.Module | None, gain: Tensor, name: str, behind: bool
+) -> nn.Module:
+    """What takes a gate's place: the norm alone if a layer can take the gate's factors."""
+    if layer is not None:
+        _scale(layer, gain)
+        return norm
+    if not bool(((gain == 0) | (gain == 1)).all()):
+        raise ValueError(f"got gate {name} with p < 1 and no layer to take it; need absorb=False")
+    if bool((gain == 1).all()):
+        return norm
+    places = torch.arange(len(gain), device=gain.device).masked_fill(gain == 0, -1)
+    zeros = ChannelMap(places).to(gain.device)
+    if isinstance(norm, nn.Identity):
+        return zeros
+    return nn.Sequential(norm, zeros) if behind else nn.Sequential(zeros, norm)
 
 
 class Places:
@@ -254,36 +274,42 @@ class Places:
             replace_module(self.net, name, new)
 
 
-def _producer(gate: fx.Node, graph: fx.GraphModule, homogeneous: bool) -> nn.Module | None:
+def _producer(
+    gate: fx.Node | None, graph: fx.GraphModule, common: set[str], homogeneous: bool
+) -> nn.Module | None:
     """The BatchNorm or convolution whose output reaches a gate, past activations that keep 0.
 
-    ``homogeneous``: past those only that keep any positive factor (ReLU and its leaky kin).
+    ``homogeneous``: past those only that keep any positive factor (ReLU and its leaky kin). None
+    if there is no such layer, or if others read it, call it or share its numbers.
     """
+    if gate is None or str(gate.target) in common:
+        return None
     node = gate.all_input_nodes[0]
-    while is_activation(node, graph) and len(node.users) == 1:
+    while is_activation(node, graph) and len(node.users) == 1 and len(node.all_input_nodes) == 1:
         if node.op == "call_module":
             activation = graph.get_submodule(str(node.target))
             name = type(activation).__name__.lower()
-            keeps_zero = float(activation(torch.zeros(1, dtype=torch.float64)).detach()) == 0
+            zero = torch.zeros(1, dtype=next(iter(activation.parameters()), torch.zeros(())).dtype)
+            keeps_zero = name != "prelu" and float(activation(zero).detach()) == 0
         else:
             name = str(getattr(node.target, "__name__", node.target)).rstrip("_")
             keeps_zero = name not in ("sigmoid", "softplus", "hardsigmoid")
         if not keeps_zero or (homogeneous and name not in ("relu", "leaky_relu", "leakyrelu")):
             return None
         node = node.all_input_nodes[0]
-    one_use = node.op == "call_module" and len(node.users) == 1
-    return graph.get_submodule(str(node.target)) if one_use else None
+    if node.op != "call_module" or len(node.users) != 1 or str(node.target) in common:
+        return None
+    layer = graph.get_submodule(str(node.target))
+    return layer if type(layer) in (nn.BatchNorm2d, nn.Conv2d) and not is_changed(layer) else None
 
 
 @torch.no_grad()
-def _scale(layer: nn.Module | None, gain: Tensor, name: str) -> None:
+def _scale(layer: Any, gain: Tensor) -> None:
     """Multiply a layer's output channels by a factor each, in place."""
     if isinstance(layer, nn.BatchNorm2d) and not layer.affine:
         layer.affine = True
         layer.weight = nn.Parameter(torch.ones_like(gain))
         layer.bias = nn.Parameter(torch.zeros_like(gain))
-    if not isinstance(layer, nn.BatchNorm2d | nn.Conv2d):
-        raise ValueError(f"got gate {name} behind nothing that its factor fits into; move it")
     layer.weight.mul_(gain.reshape(-1, *[1] * (layer.weight.dim() - 1)))
     if layer.bias is not None:
         layer.bias.mul_(gain)
@@ -294,10 +320,14 @@ def _scale(layer: nn.Module | None, gain: Tensor, name: str) -> None:
 
 @dataclass
 class Numbers:
-    """What the surgery changes in the numbers of a layer: constants move into its bias."""
+    """What the surgery changes in the numbers of a layer: constants move into its bias.
+
+    A BatchNorm behind the layer takes them instead, in its running mean: no new parameter.
+    """
 
     shift: Tensor  # (outputs of the full layer,), float64
     silent: list[int]  # places of the small layer's inputs that the shift stands for
+    norm: str = ""  # name of the BatchNorm that takes the shift
 
 
 def plan(analysis: Analysis, keeps: Keeps) -> tuple[dict[str, dict], dict[str, Numbers], Report]:
@@ -323,8 +353,9 @@ def plan(analysis: Analysis, keeps: Keeps) -> tuple[dict[str, dict], dict[str, N
         entry, folded = _entry(node, analysis, keeps)
         if folded is not None and bool(folded.shift.any()):
             numbers[name] = folded
-            report.notes.append(f"constants folded: into the bias of {name}")
-            if analysis.module(node).bias is None:
+            where = f"the running mean of {folded.norm}" if folded.norm else f"the bias of {name}"
+            report.notes.append(f"constants folded: into {where}")
+            if analysis.module(node).bias is None and not folded.norm:
                 entry["bias"] = True
         if entry:
             modules[name] = entry
@@ -389,7 +420,7 @@ def _inputs(
     x = analysis.facts[node.all_input_nodes[0]]
     given = keeps.inside[node]
     groups = getattr(module, "groups", 1)
-    wanted = x.needed[facts.inputs[given]]
+    wanted = x.kept[facts.inputs[given]]
     if keeps.residual == "tie" or str(node.target) in analysis.shared or groups > 1:
         used = given
     elif len(facts.inputs) != len(facts.inputs.unique()) or _axis(node, analysis) != 1:
@@ -417,7 +448,11 @@ def _inputs(
     silent = constant[used] & ~x.needed[facts.inputs[used]]
     constant[used] = silent
     shift = constant_part(module, facts.kind, constant, x.value[facts.inputs])
-    return Numbers(shift, silent.nonzero()[:, 0].tolist())
+    norm = ""
+    if len(node.users) == 1 and (reader := next(iter(node.users))) in analysis.facts:
+        own = str(reader.target) not in analysis.shared
+        norm = str(reader.target) if own and analysis.facts[reader].kind == "norm" else ""
+    return Numbers(shift, silent.nonzero()[:, 0].tolist(), norm)
 
 
 def _axis(node: fx.Node, analysis: Analysis) -> int:
@@ -556,16 +591,25 @@ def _cut_outputs(layer: Any, keep: list[int], groups: int | None) -> None:
 
 @torch.no_grad()
 def _write_numbers(net: nn.Module, modules: dict[str, dict], numbers: dict[str, Numbers]) -> None:
-    """Add folded constants to the biases, and let the layer's own inputs for them be silent."""
+    """Add folded constants to biases or running means; silence inputs that they stand for."""
     for name, new in numbers.items():
-        layer: Any = net.get_submodule(name)
-        if isinstance(layer, nn.Sequential):
-            layer = next(part for part in layer if not isinstance(part, ChannelMap))
+        layer = _core(net.get_submodule(name))
+        layer.weight[:, new.silent] = 0
         shift = new.shift
         if "out" in modules.get(name, {}):
             shift = shift[modules[name]["out"]]
-        layer.bias += shift.to(layer.bias)
-        layer.weight[:, new.silent] = 0
+        norm = _core(net.get_submodule(new.norm)) if new.norm else None
+        if norm is None:
+            layer.bias += shift.to(layer.bias)
+        elif norm.running_mean is not None:
+            norm.running_mean -= shift.to(norm.running_mean)
+
+
+def _core(module: Any) -> Any:
+    """The layer itself where the surgery has put a ChannelMap in front of it or behind."""
+    if not isinstance(module, nn.Sequential):
+        return module
+    return next(part for part in module if not isinstance(part, ChannelMap))
 
 
 # --- the certificate -------------------------------------------------------------------------

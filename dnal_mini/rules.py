@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from dnal_mini.facts import CONSTANT, FIXED, LIVE, ZERO, Analysis, known, pick
+from dnal_mini.facts import CONSTANT, FIXED, LIVE, ZERO, Analysis, Unknown, known, pick
 from dnal_mini.graphs import call, shape_of
 from dnal_mini.operations import RANDOM, TIMES, kind_of, name_of
 from dnal_mini.shadow import SPOTS, Broken, Shadow, fresh, read, rows_of_blocks
@@ -34,7 +34,7 @@ def number(node: fx.Node, graph: fx.GraphModule, values: dict[fx.Node, Any]) -> 
 
     def look(n: fx.Node) -> Any:
         value = values[n]
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Unknown):
             raise Broken("a number out of a tensor")
         return torch.empty(value.shape, device="meta") if isinstance(value, Shadow) else value
 
@@ -235,6 +235,8 @@ def _same_rule(node: fx.Node, analysis: Analysis) -> None:
     facts = analysis.facts[x]
     state, value, steady = facts.state.clone(), facts.value, facts.steady.clone()
     learned = [v for n in node.all_input_nodes if isinstance(v := analysis.values[n], Tensor)]
+    if any(isinstance(analysis.values[n], Unknown) for n in node.all_input_nodes):
+        raise Broken("an unknown number")
     if any(numbers.numel() != 1 for numbers in learned):
         raise Broken("numbers per channel that are not a layer's")
     if learned:  # only 0 times a learned number is sure to stay what it is
@@ -442,7 +444,7 @@ def moved(node: fx.Node, analysis: Analysis, values: dict[fx.Node, Any]) -> tupl
     def codes(n: fx.Node) -> Any:
         nonlocal total
         value = values[n]
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor | Unknown):
             raise Broken("numbers that are not a layer's")
         if n not in analysis.facts:
             return value

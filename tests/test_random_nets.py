@@ -160,7 +160,7 @@ def judge(
     if dnal.gates(small.module):
         raise Broken(f"gates left: {list(dnal.gates(small.module))}")
     after = costs(small.module)
-    if after[0] > dense[0] + lent_affines(net) or after[1] > dense[1]:
+    if after[0] > dense[0] + lent_affines(net) + new_biases(small) or after[1] > dense[1]:
         raise Broken(f"grows with {residual}: params and MACs {dense} become {after}")
     if same_in_training(small):
         expected, got = leaves(net, images, train=True), leaves(small.module, images, train=True)
@@ -172,6 +172,16 @@ def lent_affines(net: nn.Module) -> int:
     """Parameters that norms without affine get, so that a closed channel in them can be zero."""
     norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
     return sum(2 * norm.num_features for norm in norms if not norm.affine)
+
+
+def new_biases(small: dnal.Pruned) -> int:
+    """Parameters of biases that layers without one got, to hold folded constants."""
+    layers = (
+        m for n, m in small.module.named_modules() if small.spec["modules"].get(n, {}).get("bias")
+    )
+    return sum(
+        len(p) for layer in layers for n, p in layer.named_parameters() if n.endswith("bias")
+    )
 
 
 def same_in_training(small: dnal.Pruned) -> bool:
