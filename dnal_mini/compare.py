@@ -411,8 +411,8 @@ def memory_words(dense: Sequence[Row], small: Sequence[Row], batch: int = 1) -> 
         return []
     depthwise = sum(row["kind"] == "depthwise" for row in low)
     return [
-        f"At batch {batch}, {len(low)} of {_count(rows, 'layer')} do under {FEW_MACS_PER_BYTE} MACs "
-        f"per byte ({depthwise} of them depthwise): {share:.0%} of the bytes, "
+        f"At batch {batch}, {len(low)} of {_count(rows, 'layer')} do under {FEW_MACS_PER_BYTE} "
+        f"MACs per byte ({depthwise} of them depthwise): {share:.0%} of the bytes, "
         f"{sum(row['macs'] for row in low) / macs:.0%} of the MACs. They may run at the speed of "
         f"memory, and bytes fell {before / moved:.2f} times while MACs fell "
         f"{macs_before / macs:.2f} times: the speed-up may lie between the two."
