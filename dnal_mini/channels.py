@@ -152,13 +152,16 @@ def _backward_weights(node: fx.Node, facts: Facts, x: Facts, analysis: Analysis)
     """Of a layer's inputs those with a weight that is not 0; constants become part of its bias."""
     if facts.inputs is None:
         x.needed.fill_(True)
-        return
-    module = analysis.module(node)
-    weight = blocks_of(module, facts.kind)
+    else:
+        x.needed[facts.inputs[wanted(node, analysis)]] = True
+
+
+def wanted(node: fx.Node, analysis: Analysis) -> Tensor:
+    """Input positions on which the needed outputs of a layer depend: bool."""
+    facts = analysis.facts[node]
+    weight = blocks_of(analysis.module(node), facts.kind)
     needed = (facts.needed & (facts.state != ZERO)).reshape(weight.shape[0], -1, 1)
-    positions = ((weight != 0).any(3) & needed).any(1).flatten()
-    positions &= ~folds(node, analysis)
-    x.needed[facts.inputs[positions]] = True
+    return ((weight != 0).any(3) & needed).any(1).flatten() & ~folds(node, analysis)
 
 
 def folds(node: fx.Node, analysis: Analysis) -> Tensor:

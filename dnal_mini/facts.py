@@ -73,6 +73,7 @@ class Analysis:
         steady = torch.ones(count, dtype=torch.bool) if steady is None else steady.clone()
         needed = torch.zeros(count, dtype=torch.bool)
         state = state.to(torch.uint8, copy=True)
+        state[(state == ZERO) & ~steady] = CONSTANT  # zero in eval mode only: not to be cut
         self.facts[node] = Facts(kind, state, value, steady, needed, sources or [], **more)
         self.values[node] = shadow
 

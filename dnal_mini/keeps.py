@@ -116,9 +116,12 @@ def _held_whole(analysis: Analysis) -> Iterator[fx.Node]:
         whole = node.op in ("placeholder", "output") or node in analysis.walls
         if facts is not None and (facts.kind in (*WEIGHTS, "norm", "scale")):
             whole |= str(node.target) in fixed
+        blind = facts is not None and facts.kind in WEIGHTS and facts.inputs is None
+        if blind:  # its input is not laid out along an axis: it is read as it is
+            whole |= getattr(analysis.module(node), "groups", 1) > 1
         if whole and facts is not None:
             yield node
-        if whole or (facts is not None and facts.kind in WEIGHTS and facts.inputs is None):
+        if whole or blind:
             yield from (n for n in node.all_input_nodes if n in analysis.facts)
 
 

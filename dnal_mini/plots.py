@@ -30,6 +30,16 @@ COLOURS = {
 }  # fmt: skip
 OTHERS = (PURPLE, AMBER, GREEN, VERMILION, SKY, GREY, INK)
 MARKERS = "osD^vPX*"
+PALE, MIDDLE = "#dde2e8", "#98a2ad"
+# What becomes of a channel: colour, hatch, words. Dark or bright: it stays; grey: it goes.
+FATES = {
+    "needed": (BLUE, "", "stays: live and needed"),
+    "tied": (AMBER, "", "stays: tied to others"),
+    "walled": (INK, "", "stays: at a wall"),
+    "held": (PURPLE, "", "stays: for the width"),
+    "zero": (PALE, "", "gone: always zero"),
+    "unneeded": (MIDDLE, "////", "gone: not needed"),
+}
 STAGE_TITLES = {
     "weight_stage": "weight stage",
     "arch_stage": "architecture stage",
@@ -209,6 +219,43 @@ def widths(table: Table, ax: "Axes", *, title: str) -> "Axes":
     ax.grid(axis="x", visible=False)
     ax.legend(loc="upper left")
     return _finish(ax, title, "layer", "channels (number: after)")
+
+
+def channel_sets(table: Table, ax: "Axes", *, title: str) -> "Axes":
+    """What becomes of every channel: one row of cells per layer or tensor, one cell per channel.
+
+    Table: ``layer``, ``channel`` (number within its layer) and ``fate``, a word of ``FATES``; rows
+    of cells stand in the order in which their layers first appear. The legend has only the fates
+    that there are, with their counts. Beyond 40 layers only every other name is written, and so on.
+
+    Raises: ValueError for an unknown fate.
+    """
+    from matplotlib.collections import PolyCollection
+
+    frame = _frame(table, "layer", "channel", "fate")
+    if unknown := sorted(set(frame["fate"]) - set(FATES)):
+        raise ValueError(f"got fate {unknown[0]!r}; need one of {', '.join(FATES)}")
+    layers = list(dict.fromkeys(frame["layer"]))
+    left = frame["channel"].to_numpy(dtype=float)[:, None, None]
+    row = frame["layer"].map({layer: k for k, layer in enumerate(layers)}).to_numpy()[:, None, None]
+    corners = np.array([[-0.5, -0.4], [0.5, -0.4], [0.5, 0.4], [-0.5, 0.4]])
+    cells = np.concatenate([left + corners[:, :1], row + corners[:, 1:]], axis=2)
+    ax.grid(False)
+    for fate, (ink, hatch, words) in FATES.items():
+        if (own := (frame["fate"] == fate).to_numpy()).any():
+            look = {"facecolor": ink, "edgecolor": "white", "hatch": hatch}
+            label = f"{words} ({own.sum():,})"
+            ax.add_collection(PolyCollection(cells[own], lw=0.6, label=label, **look))
+    ax.set_xlim(-0.5, left.max() + 0.5)
+    ax.set_ylim(len(layers) - 0.5, -0.5)
+    places = range(0, len(layers), -(-len(layers) // 40))
+    ax.set_yticks(places, [layers[k] for k in places], size=9 if len(layers) <= 20 else 6)
+    ax.tick_params(axis="y", length=0)
+    legend = ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    ax.spines[["left", "bottom"]].set_visible(False)
+    _finish(ax, title, "channel", "")
+    ax.set_title(title, pad=10 + 14 * -(-len(legend.get_texts()) // 2))
+    return ax
 
 
 def trade_off(table: Table, ax: "Axes", *, title: str) -> "Axes":

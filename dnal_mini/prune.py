@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from dnal_mini.channelmap import ChannelMap
-from dnal_mini.channels import analyse, folds
+from dnal_mini.channels import analyse, folds, wanted
 from dnal_mini.cost import cost
 from dnal_mini.deploy import deploy
 from dnal_mini.facts import LIVE, ZERO, Analysis
@@ -232,6 +232,7 @@ def drop_gates(net: nn.Module, absorb: bool = False) -> nn.Module:
         gain = gate.is_open.to(gate.s) * (gate.p if absorb else 1)
         norm = module.norm if isinstance(module, GatedNorm) else nn.Identity()
         behind = isinstance(module, GatedNorm) and not module.gate_first
+        layer: nn.Module | None
         if behind:
             layer = None if common & {f"{name}.norm" for name in names} else norm
         else:
@@ -420,13 +421,13 @@ def _inputs(
     x = analysis.facts[node.all_input_nodes[0]]
     given = keeps.inside[node]
     groups = getattr(module, "groups", 1)
-    wanted = x.kept[facts.inputs[given]]
+    reads = (wanted(node, analysis) & x.kept[facts.inputs])[given]
     if keeps.residual == "tie" or str(node.target) in analysis.shared or groups > 1:
         used = given
     elif len(facts.inputs) != len(facts.inputs.unique()) or _axis(node, analysis) != 1:
         used = given  # several columns for a channel: a gather would cost more than it saves
     else:
-        used = given[_at_least_one(wanted, keeps.round_to)]
+        used = given[_at_least_one(reads, keeps.round_to)]
     positions = len(facts.inputs)
     if used.tolist() != list(range(positions)):
         entry["in"] = used.tolist()

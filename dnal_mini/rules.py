@@ -194,7 +194,6 @@ def _norm_rule(node: fx.Node, analysis: Analysis) -> None:
     state[closed] = CONSTANT
     state, value = known(state, torch.where(closed, beta, value))
     steady = closed | (steady & (state >= FIXED))
-    state[(state == ZERO) & ~steady] = CONSTANT  # zero in eval mode only: not to be cut
     out = Shadow(shadow.shape, torch.arange(len(at)) * SPOTS, 1)
     analysis.add(node, "norm", out, state, value, steady, [(x, at)], inputs=at)
 
@@ -246,7 +245,6 @@ def _same_rule(node: fx.Node, analysis: Analysis) -> None:
         steady &= state != CONSTANT
     else:
         state, value = known(state, _on_values(node, analysis, {x: value}))
-        state[(state == ZERO) & ~steady] = CONSTANT
     if not bool(value.isfinite().all()):
         raise Broken("not finite at a constant")
     _channelwise(node, analysis, "same", shadow, state, value, steady)
@@ -414,7 +412,6 @@ def _join_rule(node: fx.Node, analysis: Analysis) -> None:
     if name in TIMES:
         zero = (sx == ZERO) | (sy == ZERO)
         state[zero], value[zero], steady[zero] = ZERO, 0, True
-    state[(state == ZERO) & ~steady] = CONSTANT  # cancels in eval mode only
     given = others(node, analysis.values)
     shadow = result(labels[pairs])
     analysis.add(node, "join", shadow, state, value, steady, sources, given=given)

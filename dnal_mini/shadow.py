@@ -121,6 +121,8 @@ def rows_of_blocks(shadow: Shadow) -> list[Tensor]:
         return []
     image = shadow.raw[0] // SPOTS
     varying = [d for d in range(image.dim()) if bool((image != image.narrow(d, 0, 1)).any())]
+    if len(varying) < 2:
+        return []
     blocks = [part.unique() for part in image.unbind(varying[0])]
     apart = sum(map(len, blocks)) == len(image.unique())
     return blocks if apart else [part.unique() for part in image.unbind(varying[-1])]

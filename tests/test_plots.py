@@ -116,7 +116,83 @@ def test_points_show_every_value_and_count_those_that_a_log_axis_cannot(ax):
     assert [text.get_text() for text in ax.get_xticklabels()] == ["one\n(1 at 0)", "two"]
 
 
-@pytest.mark.parametrize("draw", [plots.trade_off, plots.widths, plots.gate_histogram])
+def fates_of(**layers: str) -> pd.DataFrame:
+    """A table for ``channel_sets`` from one letter per channel."""
+    words = {fate[0]: fate for fate in plots.FATES}
+    rows = [
+        {"layer": layer, "channel": j, "fate": words[letter]}
+        for layer, letters in layers.items()
+        for j, letter in enumerate(letters)
+    ]
+    return pd.DataFrame(rows)
+
+
+def corners(cell) -> tuple[float, float, float, float]:
+    (left, top), (right, bottom) = cell.vertices.min(0), cell.vertices.max(0)
+    return left, right, top, bottom
+
+
+def test_channel_sets_draw_each_channel_in_its_layer_with_its_fate(ax):
+    assert plots.channel_sets(fates_of(b="nnz", a="zutwh"), ax, title="t") is ax
+    assert [text.get_text() for text in ax.get_yticklabels()] == ["b", "a"]
+    assert ax.yaxis_inverted()
+    found = {}
+    for cells in ax.collections:
+        middles = [
+            (round(sum(c[:2]) / 2), round(sum(c[2:]) / 2)) for c in map(corners, cells.get_paths())
+        ]
+        found[cells.get_label()] = sorted(middles)
+    assert found == {
+        "stays: live and needed (2)": [(0, 0), (1, 0)],
+        "stays: tied to others (1)": [(2, 1)],
+        "stays: at a wall (1)": [(3, 1)],
+        "stays: for the width (1)": [(4, 1)],
+        "gone: always zero (2)": [(0, 1), (2, 0)],
+        "gone: not needed (1)": [(1, 1)],
+    }
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == list(found)
+
+
+def test_cells_of_channel_sets_touch_sideways_and_never_overlap(ax):
+    plots.channel_sets(fates_of(a="nnn", b="nn"), ax, title="t")
+    cells = sorted(corners(cell) for cell in ax.collections[0].get_paths())
+    areas = [(right - left) * (bottom - top) for left, right, top, bottom in cells]
+    apart = [
+        right <= other_left or bottom <= other_top or other_bottom <= top
+        for k, (_, right, top, bottom) in enumerate(cells)
+        for other_left, _, other_top, other_bottom in cells[k + 1 :]
+    ]
+    assert len(cells) == 5
+    assert min(areas) > 0.5
+    assert all(apart)
+
+
+def test_fates_differ_for_eyes_that_see_no_colour():
+    def grey(ink: str) -> float:
+        return float(np.dot(mpl.colors.to_rgb(ink), [0.2126, 0.7152, 0.0722]))
+
+    stay = [grey(ink) for ink, _, words in plots.FATES.values() if words.startswith("stays")]
+    gone = [grey(ink) for ink, _, words in plots.FATES.values() if words.startswith("gone")]
+    assert max(stay) < min(gone)
+    (zero, _, _), (unneeded, hatch, _) = plots.FATES["zero"], plots.FATES["unneeded"]
+    assert hatch
+    assert grey(zero) - grey(unneeded) > 0.2
+
+
+def test_many_layers_are_all_drawn_but_not_all_named(ax):
+    plots.channel_sets(fates_of(**{f"layer{k}": "nz" for k in range(91)}), ax, title="t")
+    assert sum(len(cells.get_paths()) for cells in ax.collections) == 182
+    assert [text.get_text() for text in ax.get_yticklabels()][:3] == ["layer0", "layer3", "layer6"]
+
+
+def test_an_unknown_fate_is_named(ax):
+    with pytest.raises(ValueError, match=r"got fate 'lost'; need one of needed, "):
+        plots.channel_sets([{"layer": "a", "channel": 0, "fate": "lost"}], ax, title="t")
+
+
+@pytest.mark.parametrize(
+    "draw", [plots.trade_off, plots.widths, plots.gate_histogram, plots.channel_sets]
+)
 def test_a_missing_column_is_named(ax, draw):
     with pytest.raises(ValueError, match=r"got columns .*; need "):
         draw({"other": [1]}, ax, title="t")
