@@ -14,6 +14,7 @@ less greedy. Read ``analyse`` first. What each operation does to the states is i
 which dead channels must stay for the sake of others in ``keeps.py``, cutting in ``prune.py``.
 """
 
+import contextlib
 from collections.abc import Collection, Sequence
 
 import torch
@@ -25,7 +26,7 @@ from dnal_mini.graphs import (
     attribute,
     called_again,
     describe,
-    graph_of_both_modes,
+    graphs_of_both_modes,
     lent,
     measure_shapes,
     settle_in_place,
@@ -56,7 +57,11 @@ def prepare(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
 
     Raises: ValueError if torch.fx cannot trace the network or the image does not fit it.
     """
-    graph = graph_of_both_modes(net)
+    *fuller, graph = graphs_of_both_modes(net)
+    for other in fuller:
+        with contextlib.suppress(ValueError):  # its train-mode part may want larger images
+            measure_shapes(other, image_shape)
+            return other
     measure_shapes(graph, image_shape)
     return graph
 

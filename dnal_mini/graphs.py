@@ -12,8 +12,10 @@ from dnal_mini.operations import in_place, kind_of
 from dnal_mini.shadow import BATCH
 
 
-def graph_of_both_modes(net: nn.Module) -> fx.GraphModule:
-    """One graph that calls every module that train or eval mode calls.
+def graphs_of_both_modes(net: nn.Module) -> list[fx.GraphModule]:
+    """Graphs that call every module that eval mode calls, best first.
+
+    A forward that calls more in train mode (an auxiliary classifier) gives two: with and without.
 
     Raises: ValueError if each mode calls a module that the other does not, or for a forward that
     torch.fx cannot trace.
@@ -28,12 +30,16 @@ def graph_of_both_modes(net: nn.Module) -> fx.GraphModule:
     finally:
         for module, training in modes:
             module.training = training
-    called = [{n.target for n in g.graph.nodes if n.op == "call_module"} for g in graphs]
-    if called[1] > called[0]:
-        return graphs[1]
+    called = [{str(n.target) for n in g.graph.nodes if n.op == "call_module"} for g in graphs]
     if called[0] >= called[1]:
-        return graphs[0]
-    only = min(map(str, called[0] - called[1]))
+        return graphs[:1]
+    if called[1] > called[0]:
+        first = min(called[1] - called[0]).split(".")[0]
+        graphs[0].meta["left_out"] = (
+            f"{first} is called in train mode only, and takes no such image"
+        )
+        return graphs[::-1]
+    only = min(called[0] - called[1])
     raise ValueError(
         f"got a {type(net).__name__} that calls {only} in eval mode only and others in train mode "
         "only; need a forward that calls the same modules in both, or at least more in train mode"
@@ -120,10 +126,22 @@ def attribute(graph: fx.GraphModule, name: str) -> Any:
     return getattr(graph.get_submodule(parent), last)
 
 
+def modules_around(node: fx.Node) -> list[str]:
+    """Qualified names of the modules in whose forward a node runs, outermost first."""
+    paths = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    own = str(node.target) if node.op == "call_module" else None
+    return [path for path in paths if path and path != own]
+
+
+def call_of(node: fx.Node, name: str) -> str | None:
+    """Which call of the module ``name`` a node runs in: a module may be called again."""
+    stack = node.meta.get("nn_module_stack", {})
+    return next((key for key, (path, _) in stack.items() if path == name), None)
+
+
 def place_of(node: fx.Node) -> str:
     """Qualified name of the module whose forward calls this node; "forward" for the whole net."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return stack[-1] if stack and stack[-1] else "forward"
+    return (modules_around(node) or ["forward"])[-1]
 
 
 def describe(node: fx.Node, graph: fx.GraphModule) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from dnal_mini.facts import Analysis, Facts
-from dnal_mini.graphs import describe, shape_of
+from dnal_mini.graphs import call_of, describe, modules_around, shape_of
 from dnal_mini.rules import WEIGHTS, mean_of, moved, number, others, padding_of, pairs_of
 from dnal_mini.shadow import SPOTS, Broken, Shadow, held, read
 
@@ -35,6 +35,7 @@ class Keeps:
     round_to: int = 1
     scatters: set[fx.Node] = field(default_factory=set)  # branch ends that may keep a subset
     emptied: dict[fx.Node, int] = field(default_factory=dict)  # dead branch ends: their stride
+    blocks: dict[fx.Node, str] = field(default_factory=dict)  # modules that go with such an end
     idle: set[fx.Node] = field(default_factory=set)  # nodes of dead branches: nobody reads them
     inside: dict[fx.Node, Tensor] = field(default_factory=dict)  # input positions, as they lie
     outside: dict[fx.Node, Tensor] = field(default_factory=dict)  # own channels, as they lie
@@ -279,19 +280,35 @@ def _round(node: fx.Node, analysis: Analysis, keeps: Keeps) -> None:
 
 def _find_dead_branches(analysis: Analysis, keeps: Keeps) -> None:
     """Branches that add nothing and can be left out as a whole."""
-    keeps.emptied, keeps.idle = {}, set()
+    keeps.emptied, keeps.blocks, keeps.idle = {}, {}, set()
     for end in keeps.scatters:
         if bool(keeps.mask(end).any()) or not bool(keeps.mask(next(iter(end.users))).any()):
             continue
-        chain, start = _dead_chain(end, analysis, keeps)
-        stride = stride_between(shape_of(start), shape_of(end))
-        if stride is None or not isinstance(analysis.values[start], Shadow):
-            continue
-        keeps.emptied[end] = stride
-        keeps.idle |= chain
+        for name, idle, start in (*_dead_blocks(end, analysis), _dead_chain(end, analysis, keeps)):
+            stride = stride_between(shape_of(start), shape_of(end))
+            if stride is None or not isinstance(analysis.values.get(start), Shadow):
+                continue
+            keeps.emptied[end] = stride
+            keeps.idle |= idle
+            if name:
+                keeps.blocks[end] = name
+            break
 
 
-def _dead_chain(end: fx.Node, analysis: Analysis, keeps: Keeps) -> tuple[set[fx.Node], fx.Node]:
+def _dead_blocks(end: fx.Node, analysis: Analysis) -> Iterator[tuple[str, set[fx.Node], fx.Node]]:
+    """Modules, largest first, that read one tensor and hand out a dead one and nothing else."""
+    for name in modules_around(end):
+        inside = {n for n in analysis.graph.graph.nodes if name in modules_around(n)}
+        read = {n for node in inside for n in node.all_input_nodes} - inside
+        handed = {n for n in inside for user in n.users if user not in inside}
+        calls = sum(call_of(n, name) != call_of(end, name) for n in inside)
+        if len(read) == 1 and handed == {end} and calls == 0:
+            yield name, inside, *read
+
+
+def _dead_chain(
+    end: fx.Node, analysis: Analysis, keeps: Keeps
+) -> tuple[str, set[fx.Node], fx.Node]:
     """The operations of a dead branch, one after the other, and the tensor that enters it."""
     chain, node = {end}, end.all_input_nodes[0]
     while (
@@ -303,7 +320,7 @@ def _dead_chain(end: fx.Node, analysis: Analysis, keeps: Keeps) -> tuple[set[fx.
     ):
         chain.add(node)
         node = node.all_input_nodes[0]
-    return chain, node
+    return "", chain, node
 
 
 def _can_idle(node: fx.Node, analysis: Analysis) -> bool:

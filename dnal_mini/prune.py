@@ -344,7 +344,7 @@ def plan(analysis: Analysis, keeps: Keeps) -> tuple[dict[str, dict], dict[str, N
     numbers: dict[str, Numbers] = {}
     for end, stride in keeps.emptied.items():
         modules |= _dead_branch(end, stride, analysis, keeps)
-        report.notes.append(f"branch gone: {end.target} adds nothing")
+        report.notes.append(f"branch gone: {keeps.blocks.get(end, end.target)} adds nothing")
     for node in analysis.facts:
         name = str(node.target)
         if node.op != "call_module" or node in keeps.idle or name in modules:
@@ -363,6 +363,7 @@ def plan(analysis: Analysis, keeps: Keeps) -> tuple[dict[str, dict], dict[str, N
     rows = (n for n in analysis.facts if analysis.facts[n].kind in WEIGHTS)
     report.layers = [_report_row(node, analysis, keeps) for node in rows]
     report.walls = list(_walls(analysis, keeps))
+    report.notes += [note for note in (analysis.graph.meta.get("left_out"),) if note]
     return modules, numbers, report
 
 
@@ -371,6 +372,9 @@ def _dead_branch(
 ) -> dict[str, dict[str, Any]]:
     """Entries for a branch that adds nothing: its end emits zeros, what can go goes."""
     (user,) = end.users
+    zeros = {"zeros": int(keeps.mask(user).sum()), "stride": stride}
+    if end in keeps.blocks:
+        return {keeps.blocks[end]: zeros}
     chain = [end]
     while chain[-1].all_input_nodes[0] in keeps.idle:
         chain.append(chain[-1].all_input_nodes[0])
@@ -379,7 +383,7 @@ def _dead_branch(
     entries: dict[str, dict[str, Any]] = {str(n.target): {"gone": True} for n in removed}
     if any(n not in removed and in_place(n, analysis.graph) for n in chain[1:]):
         entries[str(removed[-1].target)] = {"zeros": 1, "stride": 1}  # must not overwrite the trunk
-    entries[str(end.target)] = {"zeros": int(keeps.mask(user).sum()), "stride": stride}
+    entries[str(end.target)] = zeros
     return entries
 
 
