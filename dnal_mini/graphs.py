@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from dnal_mini.gate import trace
 from dnal_mini.operations import in_place, kind_of
@@ -35,9 +34,8 @@ def graphs_of_both_modes(net: nn.Module) -> list[fx.GraphModule]:
         return graphs[:1]
     if called[1] > called[0]:
         first = min(called[1] - called[0]).split(".")[0]
-        graphs[0].meta["left_out"] = (
-            f"{first} is called in train mode only, and takes no such image"
-        )
+        note = f"{first} is called in train mode only, and takes no such image: left as it is"
+        graphs[0].meta["left_out"] = note
         return graphs[::-1]
     only = min(called[0] - called[1])
     raise ValueError(
@@ -86,6 +84,20 @@ def lent(net: nn.Module) -> set[str]:
     return {n for n, m in net.named_modules(remove_duplicate=False) if m in sharing}
 
 
+class _Shapes(fx.Interpreter):
+    """Runs a graph and stores the shape of every tensor in its node."""
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        super().__init__(graph)
+        self.extra_traceback = False
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and n.op != "output":
+            n.meta["shape"] = tuple(result.shape)
+        return result
+
+
 def measure_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
     """Store the shape of every tensor in its node, by running images through in eval mode.
 
@@ -96,9 +108,9 @@ def measure_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
     graph.eval()
     try:
         with torch.no_grad():
-            ShapeProp(graph).propagate(torch.zeros(BATCH, *image_shape).to(first))
+            _Shapes(graph).run(torch.zeros(BATCH, *image_shape).to(first))
     except Exception as error:  # whatever the user's forward raises on such an image
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0]
         raise ValueError(f"got image_shape {tuple(image_shape)}, which fails: {reason}") from error
     finally:
         for module, mode in modes:
@@ -107,7 +119,7 @@ def measure_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:
     """Shape of the tensor that a node returns, () if it returns anything else."""
-    return tuple(getattr(node.meta.get("tensor_meta"), "shape", ()))
+    return node.meta.get("shape", ())
 
 
 def call(node: fx.Node, graph: fx.GraphModule, args: Any, kwargs: Any) -> Any:
