@@ -7,7 +7,9 @@ open gates. This file knows nothing about training, pruning or particular networ
 
 import copy
 import math
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
@@ -183,10 +185,20 @@ def trace(net: nn.Module) -> fx.GraphModule:
     except Exception as error:  # torch.fx raises whatever the user's forward raises on a proxy
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"got a {type(net).__name__} that torch.fx cannot trace ({reason}); "
+            f"got a {type(net).__name__} that torch.fx cannot trace ({reason}{_line_of(error)}); "
             "need a forward without data-dependent control flow"
         ) from error
     return fx.GraphModule(net, graph)
+
+
+def _line_of(error: Exception) -> str:
+    """File and line of the user's code in which an exception arose, and the line itself."""
+    torchs, here = str(Path(torch.__file__).parent), __file__
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(torchs) and f.filename != here]
+    if not own:
+        return ""
+    return f" at {Path(own[-1].filename).name}:{own[-1].lineno}: {own[-1].line}"
 
 
 ACTIVATIONS = {
