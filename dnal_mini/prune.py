@@ -19,7 +19,7 @@ from dnal_mini.channelmap import ChannelMap
 from dnal_mini.channels import analyse, folds, wanted
 from dnal_mini.cost import cost
 from dnal_mini.deploy import deploy
-from dnal_mini.facts import LIVE, ZERO, Analysis
+from dnal_mini.facts import CONSTANT, LIVE, ZERO, Analysis
 from dnal_mini.gate import (
     GatedNorm,
     ScaledSigmoid,
@@ -30,10 +30,14 @@ from dnal_mini.gate import (
     trace,
 )
 from dnal_mini.graphs import lent
-from dnal_mini.keeps import HELD, TIED, WALL, Keeps, settle
+from dnal_mini.keeps import GONE, HELD, NEEDED, TIED, WALL, Keeps, settle
 from dnal_mini.operations import in_place, is_changed
 from dnal_mini.rules import WEIGHTS, constant_part
 
+FATES = {
+    "n": "needed", "t": "tied", "w": "walled", "h": "held",
+    "z": "zero, gone", "c": "constant, gone", "u": "unneeded, gone",
+}  # fmt: skip
 Residual = Literal["scatter", "tie"]
 FORMAT = 2
 TOLERANCE = 1e-8  # largest relative difference (float64) between gated and pruned output
@@ -53,6 +57,14 @@ class Report:
     layers: list[dict[str, Any]] = field(default_factory=list)
     walls: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def fates(self) -> list[dict[str, Any]]:
+        """One row per channel: layer, channel, fate (a word of ``FATES``); for a figure."""
+        return [
+            {"layer": row["layer"], "channel": channel, "fate": FATES[letter]}
+            for row in self.layers
+            for channel, letter in enumerate(row["fates"])
+        ]
 
     def __str__(self) -> str:
         columns = ("before", "zero", "unneeded", "tied", "walled", "held", "after")
@@ -482,6 +494,9 @@ def _report_row(node: fx.Node, analysis: Analysis, keeps: Keeps) -> dict[str, An
         end = after
     facts = analysis.facts[end]
     dead, why = ~facts.kept, keeps.why[end]
+    stays = {GONE: "", NEEDED: "n", TIED: "t", WALL: "w", HELD: "h"}
+    goes = {ZERO: "z", CONSTANT: "c"}
+    pairs = zip(why.tolist(), facts.state.tolist(), strict=True)
     left = 0 if node in keeps.idle else len(keeps.outside.get(node, ()))
     return {
         "layer": str(node.target),
@@ -493,6 +508,7 @@ def _report_row(node: fx.Node, analysis: Analysis, keeps: Keeps) -> dict[str, An
         "held": int((dead & (why == HELD)).sum()),
         "after": left,
         "live": int((facts.state == LIVE).sum()),
+        "fates": "".join(stays[reason] or goes.get(state, "u") for reason, state in pairs),
     }
 
 

@@ -350,10 +350,11 @@ def _pruned_once(
         gap = max(row["gap"] for row in gate_report(net).values())
         small = prune(net, data.image_shape, config.residual)
         save(small, path)
+        layers = small.report.layers
         folder.write(
             "prune",
             **small.spec["cost"],
-            channels={row["layer"]: row for row in small.report.layers},
+            channels={row["layer"]: {k: row[k] for k in row if k != "fates"} for row in layers},
             residual=config.residual,
             certificate=small.certificate,
             gap=gap,
