@@ -1,16 +1,21 @@
-"""Small nets for the tests of the pruner, and the law that every pruned net must keep."""
+"""Small nets for the tests of the pruner, and the laws of analyses and of pruned nets."""
 
 import copy
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from dnal_mini.channels import analyse
+from dnal_mini.facts import CONSTANT, FIXED, ZERO, Analysis
 from dnal_mini.gate import add_gates, arch_parameters, set_gates
 from dnal_mini.models import MODELS
 from dnal_mini.prune import Pruned
+from dnal_mini.shadow import Shadow
 
 SHAPE = (3, 16, 16)
 NETS = {
@@ -92,6 +97,47 @@ def assert_same_function(
     assert type(small.module) is type(net)
     for mode in (False, True) if train else (False,):
         expected, got = outputs(net, images, mode), outputs(small.module, images, mode)
-        assert max(float(x.std(0).max()) for x in expected) > 1e-6, "it must depend on the images"
+        assert max(float(x.std(0).max()) for x in expected) > 1e-12, "it must depend on the images"
         difference = relative_difference(expected, got)
         assert difference <= 1e-10, f"train={mode}: {difference:.1e}"
+
+
+class Judge(fx.Interpreter):
+    """Runs a net on two images and holds every fact against the numbers that come by."""
+
+    def __init__(self, analysis: Analysis) -> None:
+        super().__init__(analysis.graph)
+        self.analysis = analysis
+        self.seen = [0, 0, 0, 0]
+
+    def run_node(self, node: fx.Node) -> Any:
+        result = super().run_node(node)
+        facts, shadow = self.analysis.facts.get(node), self.analysis.values.get(node)
+        if facts is None or not isinstance(shadow, Shadow) or not isinstance(result, Tensor):
+            return result
+        assert tuple(result.shape) == shadow.shape
+        channel = shadow.channels if shadow.raw is not None else shadow.codes() // 2**32
+        state, value, steady = (v[channel] for v in (facts.state, facts.value, facts.steady))
+        assert not result[state == ZERO].any(), f"{node} is not zero"
+        training = any(module.training for module in self.module.modules())
+        told = (state == CONSTANT) & (steady if training else True)
+        torch.testing.assert_close(result[told].double(), value[told], rtol=1e-9, atol=1e-9)
+        if not training and len(result) == 2:
+            fixed = (state[0] == FIXED).expand_as(result)
+            torch.testing.assert_close(result[0][fixed[0]], result[1][fixed[1]])
+        for kind in range(4):
+            self.seen[kind] += int((facts.state == kind).sum())
+        return result
+
+
+def hold_the_facts(net: nn.Module, shape: Sequence[int]) -> list[int]:
+    """Run a net in both modes under the eyes of ``Judge``; channels seen of each state."""
+    net = copy.deepcopy(net).double()
+    analysis = analyse(net, shape)
+    images = torch.randn(2, *shape, dtype=torch.float64)
+    for training in (False, True):
+        analysis.graph.train(training)
+        with torch.no_grad():
+            judge = Judge(analysis)
+            judge.run(images.clone())
+    return judge.seen
