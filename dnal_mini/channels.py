@@ -164,9 +164,12 @@ def _backward_weights(node: fx.Node, facts: Facts, x: Facts, analysis: Analysis)
 def wanted(node: fx.Node, analysis: Analysis) -> Tensor:
     """Input positions on which the needed outputs of a layer depend: bool."""
     facts = analysis.facts[node]
+    at = facts.inputs
+    assert at is not None
     weight = blocks_of(analysis.module(node), facts.kind)
     needed = (facts.needed & (facts.state != ZERO)).reshape(weight.shape[0], -1, 1)
-    return ((weight != 0).any(3) & needed).any(1).flatten() & ~folds(node, analysis)
+    used = ((weight != 0).any(3) & needed).any(1).flatten()
+    return used & ~folds(node, analysis) & ~analysis.facts[node.all_input_nodes[0]].silent[at]
 
 
 def folds(node: fx.Node, analysis: Analysis) -> Tensor:

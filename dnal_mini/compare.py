@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dnal_mini.channels import ChannelMap
-from dnal_mini.cost import _interleaved, cost, layer_table
+from dnal_mini.channelmap import ChannelMap
+from dnal_mini.cost import cost, interleaved, layer_table
 from dnal_mini.deploy import deploy, export, onnx_runner
 from dnal_mini.gate import GatedNorm, ScaledSigmoid, gates, replace_module
 
@@ -138,7 +138,7 @@ def compare(
             continue
         memory = form in ("channels_last", "deployed")
         for batch in batches:
-            times = _interleaved(pair, image_shape, batch, memory, budget_s, min_repeats)
+            times = interleaved(pair, image_shape, batch, memory, budget_s, min_repeats)
             rows.append({"form": form, "batch": batch, **timing(times[0], times[1], ratio)})
     words += speed_words(rows, ratio)
     if any(row.get("efficiency", 1) < LOW_EFFICIENCY or not row.get("gain", True) for row in rows):

@@ -156,7 +156,7 @@ def latency(
 
     Raises: ValueError as ``cost`` does, and for batch, budget_s or min_repeats not above 0.
     """
-    times = _interleaved([net], image_shape, batch, channels_last, budget_s, min_repeats)
+    times = interleaved([net], image_shape, batch, channels_last, budget_s, min_repeats)
     return _summary(net, times[0])
 
 
@@ -176,7 +176,7 @@ def latency_pair(
     is for the two together, the rest is as in ``latency``.
     """
     nets = [first, second]
-    times = _interleaved(nets, image_shape, batch, channels_last, budget_s, min_repeats)
+    times = interleaved(nets, image_shape, batch, channels_last, budget_s, min_repeats)
     return _summary(first, times[0]), _summary(second, times[1])
 
 
@@ -303,7 +303,7 @@ def _row(name: str, layer: nn.Module, output: torch.Size) -> dict[str, int | str
     return row | {"in_channels": inputs, "out_channels": outputs}
 
 
-def _interleaved(
+def interleaved(
     nets: list[nn.Module],
     image_shape: Sequence[int],
     batch: int,
@@ -311,7 +311,10 @@ def _interleaved(
     budget_s: float,
     min_repeats: int,
 ) -> list[list[float]]:
-    """Seconds of every timed pass, per net."""
+    """Seconds of every timed pass of several nets, timed in turns; a list per net.
+
+    Each timed pass follows an untimed one of the same net, as in a service that runs one net.
+    """
     if not budget_s > 0 or min_repeats < 1:
         raise ValueError(f"got budget_s {budget_s}, min_repeats {min_repeats}; need both above 0")
     passes = []
@@ -340,6 +343,7 @@ def _rounds(
     while len(times[0]) < min_repeats or time.perf_counter() < end:
         for index in order:
             net, images = passes[index]
+            net(images)  # untimed: the other net has emptied the caches
             start = _now(images.device)
             net(images)
             times[index].append(_now(images.device) - start)

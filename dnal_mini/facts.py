@@ -31,6 +31,11 @@ class Facts:
     blocks: list[Tensor] = field(default_factory=list)  # must keep equally many channels each
 
     @property
+    def silent(self) -> Tensor:
+        """Constants of value 0 in both modes: nothing to whoever sums them up."""
+        return (self.state == CONSTANT) & (self.value == 0) & self.steady
+
+    @property
     def kept(self) -> Tensor:
         """Channels that must physically be there: not zero, and needed."""
         return (self.state != ZERO) & self.needed
@@ -79,8 +84,13 @@ class Analysis:
 
 
 def known(state: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Where a channel is neither live nor fixed its value is known: zero or another."""
-    exact = torch.where(value == 0, ZERO, CONSTANT).to(torch.uint8)
+    """Where a channel is neither live nor fixed its value is known.
+
+    It stays zero if it was made of zeros. A constant that becomes 0 (a negative one behind a ReLU)
+    stays a constant: it is 0 only as long as what it is made of is there.
+    """
+    still = (state == ZERO) & (value == 0)
+    exact = torch.where(still, ZERO, CONSTANT).to(torch.uint8)
     state = torch.where(state >= FIXED, state.to(torch.uint8), exact)
     return state, value.masked_fill(state >= FIXED, 0)
 

@@ -156,8 +156,9 @@ def _weights_rule(node: fx.Node, analysis: Analysis) -> None:
     groups, _, width = uses.shape
     highest = (uses.to(torch.uint8) * state.reshape(groups, 1, width)).amax(2).flatten()
     unsteady = (uses & ~steady.reshape(groups, 1, width)).any(2).flatten()
-    if not keeps_constants(module, kind):
-        highest[highest == CONSTANT] = FIXED  # it meets the padding at the border
+    if not keeps_constants(module, kind):  # what is not 0 meets the padding at the border
+        meets = (uses & (value != 0).reshape(groups, 1, width)).any(2).flatten()
+        highest[(highest == CONSTANT) & meets] = FIXED
     total = constant_part(module, kind, state == CONSTANT, value)
     if module.bias is not None:
         total += module.bias.detach().double().cpu()
@@ -191,7 +192,7 @@ def _norm_rule(node: fx.Node, analysis: Analysis) -> None:
     else:
         mean, variance = norm.running_mean.double().cpu(), norm.running_var.double().cpu()
         value = beta + gamma * (value - mean) / torch.sqrt(variance + norm.eps)
-    state[closed] = CONSTANT
+    state[closed] = torch.where(beta == 0, ZERO, CONSTANT)[closed].to(torch.uint8)
     state, value = known(state, torch.where(closed, beta, value))
     steady = closed | (steady & (state >= FIXED))
     out = Shadow(shadow.shape, torch.arange(len(at)) * SPOTS, 1)

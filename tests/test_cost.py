@@ -262,8 +262,9 @@ def test_the_layer_table_refuses_layers_that_it_cannot_count():
 
 
 def test_latency_is_the_median_and_its_spread(clock):
-    warm_up = (50.0, 70.0)  # must not show
-    net = Slow(clock, *warm_up, *(3, 11, 1, 9, 2, 7, 10, 4, 8, 5, 6))
+    unseen = (50.0, 70.0, 90.0)  # first pass and warm-up: must not show
+    timed = (3, 11, 1, 9, 2, 7, 10, 4, 8, 5, 6)
+    net = Slow(clock, *unseen, *(t for time in timed for t in (60.0, time)))  # one unseen before
     result = latency(net, budget_s=0.1, min_repeats=11)
     # 11 values: a tenth of the way from rank 0 to rank 10 is rank 1
     assert (result.median_s, result.p10_s, result.p90_s) == pytest.approx((6, 2, 10))
@@ -273,10 +274,10 @@ def test_latency_is_the_median_and_its_spread(clock):
 def test_latency_keeps_its_budget_but_does_its_repeats(clock):
     net = Slow(clock, 0.25)
     latency(net, budget_s=10, min_repeats=1)
-    assert len(net.log) == 1 + 8 + 40  # first pass, 2 s of warm-up, 10 s of passes
+    assert len(net.log) == 1 + 8 + 40  # first pass, 2 s of warm-up, 10 s of passes, half untimed
     net.log.clear()
     latency(net, budget_s=0.1, min_repeats=7)
-    assert len(net.log) == 1 + 1 + 7
+    assert len(net.log) == 1 + 2 + 14
 
 
 def test_a_pair_is_timed_in_turns(clock):
@@ -284,7 +285,7 @@ def test_a_pair_is_timed_in_turns(clock):
     first, second = Slow(clock, 4, name="a", log=log), Slow(clock, 12, name="b", log=log)
     fast, slow = latency_pair(first, second, budget_s=0.1, min_repeats=6)
     assert (fast.median_s, slow.median_s) == pytest.approx((4, 12))
-    assert "".join(log) == "ab" + "ab" + "abbaabbaabba"  # first passes, warm-up, timed
+    assert "".join(log) == "ab" + "aabb" + 3 * "aabbbbaa"  # first passes, warm-up, timed
 
 
 def test_latency_runs_on_the_real_clock():

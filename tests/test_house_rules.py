@@ -17,9 +17,12 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dnal_mini"
 ROWS = [
-    {"gate", "cost", "data", "imagecache", "runlog"},
-    {"models", "channels"},
+    {"gate", "cost", "data", "imagecache", "runlog", "channelmap", "shadow"},
+    {"models", "deploy", "compare", "operations", "graphs", "facts"},
+    {"rules"},
+    {"channels", "keeps"},
     {"prune", "train"},
+    {"netfile"},
     {"peers", "config", "runfolder", "search"},
     {"recipes"},
     {"__main__"},
