@@ -93,10 +93,11 @@ def test_gamma_zero_alone_leaves_a_constant():
     net.bn1.bias.data[4] = -0.25
     found, _ = facts(net)
     assert found["bn1"].state.tolist() == [LIVE, LIVE, CONSTANT, LIVE, CONSTANT]
-    assert found["relu1"].state.tolist() == [LIVE, LIVE, CONSTANT, LIVE, ZERO]
-    assert found["relu1"].value[2] == 0.25
+    assert found["relu1"].state.tolist() == [LIVE, LIVE, CONSTANT, LIVE, CONSTANT]
+    assert found["relu1"].value.tolist() == [0, 0, 0.25, 0, 0]
     assert found["relu1"].steady.all()
-    assert not found["bn1"].needed[4]  # ReLU makes it zero whatever it is
+    assert where(found["relu1"].silent) == [4]
+    assert where(~found["relu1"].needed) == [4]  # 0 in both modes: nobody misses it
 
 
 def test_zero_into_a_norm_is_a_constant_not_a_zero():
@@ -160,7 +161,7 @@ def test_a_sum_is_zero_only_where_both_sides_are():
     assert where(found["add"].state == ZERO) == [1]
 
 
-def test_constants_that_cancel_in_a_sum_are_zero():
+def test_constants_that_cancel_in_a_sum_are_silent():
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
     net[1].weight.data.zero_()
     net[1].bias.data.copy_(torch.tensor([0.5, -0.25, 1.0, 0.0]))
@@ -175,8 +176,9 @@ def test_constants_that_cancel_in_a_sum_are_zero():
             return x - x.abs()
 
     found, _ = facts(Cancels())
-    assert found["sub"].state.tolist() == [ZERO, CONSTANT, ZERO, ZERO]
+    assert found["sub"].state.tolist() == [CONSTANT, CONSTANT, CONSTANT, ZERO]
     assert found["sub"].value.tolist() == [0, -0.5, 0, 0]
+    assert where(found["sub"].silent) == [0, 2]
 
 
 class Candidates(nn.Module):
