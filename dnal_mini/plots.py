@@ -31,14 +31,15 @@ COLOURS = {
 OTHERS = (PURPLE, AMBER, GREEN, VERMILION, SKY, GREY, INK)
 MARKERS = "osD^vPX*"
 PALE, MIDDLE = "#dde2e8", "#98a2ad"
-# What becomes of a channel: colour, hatch, words. Dark or bright: it stays; grey: it goes.
+# What becomes of a channel: colour, hatch, words. Strong: it stays; pale: it goes.
 FATES = {
     "needed": (BLUE, "", "stays: live and needed"),
     "tied": (AMBER, "", "stays: tied to others"),
     "walled": (INK, "", "stays: at a wall"),
     "held": (PURPLE, "", "stays: for the width"),
-    "zero": (PALE, "", "gone: always zero"),
-    "unneeded": (MIDDLE, "////", "gone: not needed"),
+    "zero, gone": (PALE, "", "gone: always zero"),
+    "constant, gone": ("#f2dfae", "....", "gone: constant, part of a bias"),
+    "unneeded, gone": (MIDDLE, "////", "gone: not needed"),
 }
 STAGE_TITLES = {
     "weight_stage": "weight stage",
@@ -224,9 +225,10 @@ def widths(table: Table, ax: "Axes", *, title: str) -> "Axes":
 def channel_sets(table: Table, ax: "Axes", *, title: str) -> "Axes":
     """What becomes of every channel: one row of cells per layer or tensor, one cell per channel.
 
-    Table: ``layer``, ``channel`` (number within its layer) and ``fate``, a word of ``FATES``; rows
-    of cells stand in the order in which their layers first appear. The legend has only the fates
-    that there are, with their counts. Beyond 40 layers only every other name is written, and so on.
+    Table: ``layer``, ``channel`` (number within its layer) and ``fate``, a word of ``FATES``: what
+    ``Report.fates()`` of a pruned network gives. Rows of cells stand in the order in which their
+    layers first appear; the legend has only the fates that there are, with their counts. Beyond 40
+    layers only every other name is written, and so on.
 
     Raises: ValueError for an unknown fate.
     """

@@ -12,6 +12,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 from dnal_mini import plots
+from dnal_mini.prune import FATES as WORDS_OF_THE_PRUNER
 
 STAGES = ["weight_stage"] * 5 + ["arch_stage"] * 3 + ["fine_tune"] * 2
 
@@ -133,7 +134,7 @@ def corners(cell) -> tuple[float, float, float, float]:
 
 
 def test_channel_sets_draw_each_channel_in_its_layer_with_its_fate(ax):
-    assert plots.channel_sets(fates_of(b="nnz", a="zutwh"), ax, title="t") is ax
+    assert plots.channel_sets(fates_of(b="nnz", a="zutwhc"), ax, title="t") is ax
     assert [text.get_text() for text in ax.get_yticklabels()] == ["b", "a"]
     assert ax.yaxis_inverted()
     found = {}
@@ -148,6 +149,7 @@ def test_channel_sets_draw_each_channel_in_its_layer_with_its_fate(ax):
         "stays: at a wall (1)": [(3, 1)],
         "stays: for the width (1)": [(4, 1)],
         "gone: always zero (2)": [(0, 1), (2, 0)],
+        "gone: constant, part of a bias (1)": [(5, 1)],
         "gone: not needed (1)": [(1, 1)],
     }
     assert [text.get_text() for text in ax.get_legend().get_texts()] == list(found)
@@ -174,15 +176,20 @@ def test_fates_differ_for_eyes_that_see_no_colour():
     stay = [grey(ink) for ink, _, words in plots.FATES.values() if words.startswith("stays")]
     gone = [grey(ink) for ink, _, words in plots.FATES.values() if words.startswith("gone")]
     assert max(stay) < min(gone)
-    (zero, _, _), (unneeded, hatch, _) = plots.FATES["zero"], plots.FATES["unneeded"]
-    assert hatch
-    assert grey(zero) - grey(unneeded) > 0.2
+    assert len({hatch for _, hatch, words in plots.FATES.values() if words.startswith("gone")}) == 3
 
 
 def test_many_layers_are_all_drawn_but_not_all_named(ax):
     plots.channel_sets(fates_of(**{f"layer{k}": "nz" for k in range(91)}), ax, title="t")
     assert sum(len(cells.get_paths()) for cells in ax.collections) == 182
     assert [text.get_text() for text in ax.get_yticklabels()][:3] == ["layer0", "layer3", "layer6"]
+
+
+def test_the_report_of_the_pruner_uses_the_same_words(ax):
+    words = list(WORDS_OF_THE_PRUNER.values())
+    rows = [{"layer": f"layer{k}", "channel": k, "fate": word} for k, word in enumerate(words)]
+    plots.channel_sets(rows, ax, title="t")
+    assert len(ax.collections) == len(words) == len(plots.FATES)
 
 
 def test_an_unknown_fate_is_named(ax):
