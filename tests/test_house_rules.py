@@ -74,10 +74,16 @@ def can_fail(test: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 def idle_tests(source: str) -> list[str]:
-    """Names of the tests in a source that cannot fail."""
+    """Names of the tests in a source that cannot fail, not even by a helper of the same source."""
     nodes = ast.walk(ast.parse(source))
     functions = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
-    return [f.name for f in functions if f.name.startswith("test_") and not can_fail(f)]
+    helpers = {f.name for f in functions if not f.name.startswith("test_") and can_fail(f)}
+
+    def asks_helper(test: ast.AST) -> bool:
+        return any(isinstance(n, ast.Name) and n.id in helpers for n in ast.walk(test))
+
+    tests = [f for f in functions if f.name.startswith("test_")]
+    return [f.name for f in tests if not can_fail(f) and not asks_helper(f)]
 
 
 def tracked_files() -> list[Path]:

@@ -11,7 +11,8 @@ from dnal_mini import runlog
 from dnal_mini.data import toy_images
 from dnal_mini.gate import add_gates, gates, set_gates
 from dnal_mini.models import MODELS
-from dnal_mini.prune import load, prune
+from dnal_mini.netfile import load
+from dnal_mini.prune import prune
 from dnal_mini.search import (
     SearchConfig,
     arch_stage,
