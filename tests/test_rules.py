@@ -142,6 +142,7 @@ MOVED: dict[str, tuple] = {
     "cat of the last axis": (lambda n, x: torch.cat([x, x.relu()], 3), CLOSED, [2, 3, 8, 9], 6),
     "halves exchanged": (lambda n, x: halves(x), CLOSED, [1, 4], 4),
     "halves exchanged unequally": (lambda n, x: halves(x), (0, 1, 3), [0, 3, 4], 4),
+    "halves, one of them dead": (lambda n, x: halves(x), (0, 3, 4, 5), [0, 1, 2, 3], 4),
     "sum of halves": (lambda n, x: folded(x, torch.add), CLOSED, [1], 4),
     "sum of halves, pairs apart": (lambda n, x: folded(x, torch.add), (1, 5), [], 6),
     "product of halves": (lambda n, x: folded(x, torch.mul), (1, 5), [1, 2], 2),
