@@ -66,8 +66,13 @@ def prepare(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
     return graph
 
 
-def facts_of(graph: fx.GraphModule, zeroed: Collection[str] = ()) -> Analysis:
-    """``analyse`` for a graph that ``prepare`` made; cheap enough to ask many questions."""
+def facts_of(
+    graph: fx.GraphModule, zeroed: Collection[str] = (), *, forward_only: bool = False
+) -> Analysis:
+    """``analyse`` for a graph that ``prepare`` made; cheap enough to ask many questions.
+
+    ``forward_only`` leaves out who needs a channel.
+    """
     analysis = Analysis(graph, shared=called_again(graph), lent=lent(graph))
     written = settle_in_place(graph)
     for node in graph.graph.nodes:
@@ -77,7 +82,7 @@ def facts_of(graph: fx.GraphModule, zeroed: Collection[str] = ()) -> Analysis:
             facts.state.fill_(LIVE if node in written else ZERO)
             facts.value.zero_()
             facts.needed |= node in written
-    for node in reversed(graph.graph.nodes):
+    for node in () if forward_only else reversed(graph.graph.nodes):
         _backward(node, analysis)
     return analysis
 

@@ -134,11 +134,11 @@ def keeps_constants(module: Any, kind: str) -> bool:
 def constant_part(module: Any, kind: str, positions: Tensor, value: Tensor) -> Tensor:
     """What constants ``value`` at the given input positions add to each output; float64."""
     weight = blocks_of(module, kind)
-    groups, per_group, width, _ = weight.shape
-    total = torch.zeros(groups, per_group, dtype=torch.float64)
-    for p in positions.nonzero()[:, 0].tolist():
-        total[p // width] += weight[p // width, :, p % width].sum(1, dtype=torch.float64) * value[p]
-    return total.flatten()
+    if len(weight) > 1:
+        sums = weight.sum(3, dtype=torch.float64)
+        return (sums * (value * positions).reshape(len(weight), 1, -1)).sum(2).flatten()
+    found = positions.nonzero()[:, 0]
+    return weight[0].index_select(1, found).sum(2, dtype=torch.float64) @ value[found]
 
 
 def _weights_rule(node: fx.Node, analysis: Analysis) -> None:

@@ -229,7 +229,8 @@ def collapse_floors(
         sites = {name: name.removesuffix(".gate") for name in gates(net)}
     graph = prepare(drop_gates(opened), image_shape)
     for name, gate in gates(net).items():
-        if facts_of(graph, zeroed={sites[name]}).output_is_constant():
+        dead = facts_of(graph, zeroed={sites[name]}, forward_only=True)
+        if dead.output_is_constant():
             floors[name] = max(1, math.ceil(floor * len(gate.s)))
     return floors
 
