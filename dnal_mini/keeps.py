@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from dnal_mini.facts import Analysis, Facts
 from dnal_mini.graphs import call_of, describe, modules_around, shape_of
-from dnal_mini.rules import WEIGHTS, mean_of, moved, number, others, padding_of, pairs_of
+from dnal_mini.rules import WEIGHTS, mean_of, moved, number, others, padding_of, pairs_of, places_of
 from dnal_mini.shadow import SPOTS, Broken, Shadow, held, read
 
 GONE, NEEDED, TIED, WALL, HELD = 0, 1, 2, 3, 4  # why a channel is there
@@ -524,11 +524,10 @@ class Walk:
         (x, ax), (y, ay) = facts.sources
         width = len(self.analysis.facts[y].state)
         pairs, result = pairs_of(self.values[x], self.values[y], width)
-        labels = torch.full((len(self.analysis.facts[x].state) * width,), -1)
-        labels[ax * width + ay] = torch.arange(len(ax))
-        if bool((labels[pairs] < 0).any()):
+        named = places_of(pairs, ax * width + ay)
+        if bool((named < 0).any()):
             raise Broken("channels meet that do not belong together")
-        return result(labels[pairs])
+        return result(named)
 
     def _moved(self, node: fx.Node, facts: Facts) -> Any:
         result, read_from = moved(node, self.analysis, self.values)

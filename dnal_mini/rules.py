@@ -400,7 +400,7 @@ def _join_rule(node: fx.Node, analysis: Analysis) -> None:
         raise Broken("a tuple")
     width = len(analysis.facts[y].state)
     pairs, result = pairs_of(a, b, width)
-    met, labels = in_order(pairs, len(analysis.facts[x].state) * width)
+    met = in_order(pairs)
     sources = [(x, met // width), (y, met % width)]
     (sx, vx, tx), (sy, vy, ty) = (pick(analysis.facts[n], at) for n, at in sources)
     name, state, steady = name_of(node), torch.maximum(sx, sy), tx & ty
@@ -414,21 +414,23 @@ def _join_rule(node: fx.Node, analysis: Analysis) -> None:
         zero = (sx == ZERO) | (sy == ZERO)
         state[zero], value[zero], steady[zero] = ZERO, 0, True
     given = others(node, analysis.values)
-    shadow = result(labels[pairs])
+    shadow = result(places_of(pairs, met))
     analysis.add(node, "join", shadow, state, value, steady, sources, given=given)
 
 
-def in_order(found: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The different entries in order of appearance, and the place of each (of ``count``), -1."""
-    flat = found.flatten()
-    first = torch.full((count,), len(flat)).scatter_reduce_(
-        0, flat, torch.arange(len(flat)), "amin"
-    )
-    order = first.sort(stable=True)
-    entries = order.indices[order.values < len(flat)]
-    labels = torch.full((count,), -1)
-    labels[entries] = torch.arange(len(entries))
-    return entries, labels
+def in_order(found: Tensor) -> Tensor:
+    """The different entries in order of appearance."""
+    entries, at = found.flatten().unique(return_inverse=True)
+    first = torch.full((len(entries),), found.numel())
+    first.scatter_reduce_(0, at, torch.arange(found.numel()), "amin")
+    return entries[first.argsort()]
+
+
+def places_of(wanted: Tensor, among: Tensor) -> Tensor:
+    """Where each wanted entry stands in a list of different ones; -1 if it does not."""
+    ascending = among.sort()
+    at = torch.searchsorted(ascending.values, wanted).clamp(max=len(among) - 1)
+    return torch.where(ascending.values[at] == wanted, ascending.indices[at], -1)
 
 
 def moved(node: fx.Node, analysis: Analysis, values: dict[fx.Node, Any]) -> tuple[Any, list]:
@@ -462,13 +464,13 @@ def _move_rule(node: fx.Node, analysis: Analysis) -> None:
     total = sum(len(analysis.facts[n].state) for n, _ in read_from)
     if isinstance(result, tuple | list):
         parts = tuple(read(part) for part in result)
-        found, labels = torch.arange(total), torch.arange(total)
+        found = torch.arange(total)
         blocks = [part.channels.unique() for part in parts]
         shadow: Any = parts
     else:
         whole = read_or_raw(result)
-        found, labels = in_order(whole.channels, total)
-        shadow = whole.relabelled(labels)
+        found = in_order(whole.channels)
+        shadow = whole.relabelled(places_of(torch.arange(total), found))
         if shadow.plain and len(shadow.keys.unique()) != len(shadow.keys):
             raise Broken("a channel stands at two places")
         blocks = rows_of_blocks(shadow)
