@@ -123,12 +123,7 @@ def prune(
     _check_gates(net, absorb, max_gap)
     _check_numbers(net)
     exact = _decided(net, absorb)
-    small = drop_gates(exact, absorb)
-    analysis = analyse(small, image_shape)
-    keeps = settle(analysis, residual, min_channels, round_to)
-    modules, numbers, report = plan(analysis, keeps)
-    operate(small, modules)
-    _write_numbers(small, modules, numbers)
+    small, modules, report = surgery(exact, image_shape, residual, min_channels, round_to, absorb)
     absolute, relative = _difference(exact, small, image_shape)
     if not relative <= TOLERANCE:
         raise ValueError(f"got outputs that differ by {relative:.1e} of the largest; need 1e-8")
@@ -149,6 +144,24 @@ def prune(
         "report": vars(report),
     }
     return Pruned(small, spec, report, absolute)
+
+
+def surgery(
+    exact: nn.Module,
+    image_shape: Sequence[int],
+    residual: Residual = "scatter",
+    min_channels: int = 1,
+    round_to: int = 1,
+    absorb: bool = False,
+) -> tuple[nn.Module, dict[str, dict], Report]:
+    """``prune`` without the papers: the smaller copy of a net whose gates are decided, its spec."""
+    small = drop_gates(exact, absorb)
+    analysis = analyse(small, image_shape)
+    keeps = settle(analysis, residual, min_channels, round_to)
+    modules, numbers, report = plan(analysis, keeps)
+    operate(small, modules)
+    _write_numbers(small, modules, numbers)
+    return small, modules, report
 
 
 def _cost(net: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
