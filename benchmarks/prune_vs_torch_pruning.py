@@ -4,8 +4,9 @@ Closed channels have gamma = beta = 0 in their BatchNorm. Torch-Pruning's depend
 coupled groups, and each channel of a group goes whose values are all zero where they leave the
 group; ours prunes as always. Promise: ours leaves no more MACs on every net and fewer on every
 residual one; ResNet50 in at most 3 s on two threads (``surgery_s``: analysis and surgery;
-``ours_s`` adds the copy in float64, two certificates and two costs). Two gate patterns: "independent" gates, and
-"coupled" ones that close whole groups, where Torch-Pruning can cut everything.
+``ours_s`` adds the copy in float64, two certificates and two costs). Two gate patterns:
+"independent" gates, and "coupled" ones that close whole groups, where Torch-Pruning can cut
+everything.
 Prints one JSON line per net and pattern. Needs ``pip install torch-pruning`` (1.6.1).
 Run: ``python benchmarks/prune_vs_torch_pruning.py [NET ...]``.
 """
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import dnal_mini as dnal  # before torchvision, whose missing operators it repairs
-from dnal_mini.prune import surgery
+from dnal_mini.prune import cut_net
 
 KEEP = 0.5
 NETS = (
@@ -178,7 +179,7 @@ def compared(name: str, pattern: str, seed: int) -> dict[str, Any]:
     }  # fmt: skip
     ways = {
         "theirs": lambda: prune_theirs(copy.deepcopy(net), shape),
-        "surgery": lambda: surgery(net, shape)[0],
+        "surgery": lambda: cut_net(net, shape)[0],
         "ours": lambda: dnal.prune(net, shape).module,
         "ours_tie": lambda: dnal.prune(net, shape, "tie").module,
     }

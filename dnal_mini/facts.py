@@ -83,6 +83,31 @@ class Analysis:
         self.values[node] = shadow
 
 
+GONE, NEEDED, TIED, WALL, HELD = 0, 1, 2, 3, 4  # why a channel is there
+REASONS = ("gone", "needed", "tied", "walled", "held")
+
+
+@dataclass
+class Keeps:
+    """Why each channel of each tensor stays (0: it goes), and how the channels that stay lie."""
+
+    why: dict[fx.Node, Tensor]  # (channels,), uint8: GONE, NEEDED, TIED, WALL or HELD
+    residual: str
+    min_channels: int = 1
+    round_to: int = 1
+    scatters: set[fx.Node] = field(default_factory=set)  # branch ends that may keep a subset
+    emptied: dict[fx.Node, int] = field(default_factory=dict)  # dead branch ends: their stride
+    blocks: dict[fx.Node, str] = field(default_factory=dict)  # modules that go with such an end
+    idle: set[fx.Node] = field(default_factory=set)  # nodes of dead branches: nobody reads them
+    inside: dict[fx.Node, Tensor] = field(default_factory=dict)  # input positions, as they lie
+    outside: dict[fx.Node, Tensor] = field(default_factory=dict)  # own channels, as they lie
+    notes: list[str] = field(default_factory=list)
+
+    def mask(self, node: fx.Node) -> Tensor:
+        """Channels of a node's result that stay: bool."""
+        return self.why[node] != GONE
+
+
 def known(state: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Where a channel is neither live nor fixed its value is known.
 

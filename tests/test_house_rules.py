@@ -19,8 +19,9 @@ PACKAGE = ROOT / "dnal_mini"
 ROWS = [
     {"gate", "cost", "data", "imagecache", "runlog", "channelmap", "shadow"},
     {"models", "deploy", "compare", "operations", "graphs", "facts"},
-    {"rules"},
-    {"channels", "keeps"},
+    {"rules", "dropgates"},
+    {"channels", "walk", "surgery"},
+    {"keeps", "plan"},
     {"prune", "train"},
     {"netfile"},
     {"peers", "config", "runfolder", "search"},
