@@ -245,7 +245,7 @@ def channel_sets(table: Table, ax: "Axes", *, title: str) -> "Axes":
     ax.grid(False)
     for fate, (ink, hatch, words) in FATES.items():
         if (own := (frame["fate"] == fate).to_numpy()).any():
-            look = {"facecolor": ink, "edgecolor": "white", "hatch": hatch}
+            look: dict[str, Any] = {"facecolor": ink, "edgecolor": "white", "hatch": hatch}
             label = f"{words} ({own.sum():,})"
             ax.add_collection(PolyCollection(cells[own], lw=0.6, label=label, **look))
     ax.set_xlim(-0.5, left.max() + 0.5)
