@@ -508,6 +508,7 @@ def test_a_small_gap_is_rounded_away():
         gate.s.data[gate.s > 0] = 8.0
     small = prune(net, SHAPE)
     assert_same_function(net, small)
+    assert small.certificate <= 1e-12
 
 
 def test_off_is_open_and_never_trained_is_an_error():
