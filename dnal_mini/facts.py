@@ -102,6 +102,7 @@ class Keeps:
     inside: dict[fx.Node, Tensor] = field(default_factory=dict)  # input positions, as they lie
     outside: dict[fx.Node, Tensor] = field(default_factory=dict)  # own channels, as they lie
     notes: list[str] = field(default_factory=list)
+    full: set[fx.Node] = field(default_factory=set)  # grids that keep all of their rows
 
     def mask(self, node: fx.Node) -> Tensor:
         """Channels of a node's result that stay: bool."""

@@ -10,6 +10,7 @@ and the settling starts again. With every channel kept the forward code fits, so
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -42,6 +43,9 @@ def settle(analysis: Analysis, residual: str, min_channels: int = 1, round_to: i
 def _give_way(misfit: Misfit, analysis: Analysis, keeps: Keeps) -> None:
     """Tie a branch that was to be scattered, else keep all channels that meet at a node."""
     node = misfit.node
+    if node not in keeps.full and analysis.facts.get(node) and analysis.facts[node].blocks:
+        keeps.full.add(node)
+        return
     scattered = [n for n in node.all_input_nodes if _end_of(n, analysis) in keeps.scatters]
     if scattered:
         keeps.scatters -= {_end_of(n, analysis) for n in scattered}
@@ -149,7 +153,7 @@ def _let_in(analysis: Analysis, keeps: Keeps) -> None:
         for calls in analysis.shared.values():
             _tie_calls(calls, analysis, keeps)
         for node in nodes:
-            _equal_blocks(analysis.facts[node].blocks, node, keeps)
+            _equal_blocks(analysis.facts[node].blocks, node, analysis.values[node], keeps)
             if analysis.facts[node].kind in WEIGHTS:
                 _groups(node, analysis, keeps)
                 _round(node, analysis, keeps)
@@ -174,7 +178,8 @@ def _tie(node: fx.Node, analysis: Analysis, keeps: Keeps) -> None:
         return
     for source, at in facts.sources:
         there = keeps.why[source]
-        _enter(own, torch.arange(len(own)), there[at.clamp(min=0)].masked_fill(at < 0, GONE))
+        if len(at.unique()) == len(at) or facts.kind != "join":  # else it is broadcast
+            _enter(own, torch.arange(len(own)), there[at.clamp(min=0)].masked_fill(at < 0, GONE))
         if source not in keeps.scatters:
             _enter(there, at, own)
     if facts.kind == "pad":
@@ -199,21 +204,43 @@ def _reads(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, Tensor]:
     return node.all_input_nodes[0], at
 
 
-def _equal_blocks(blocks: list[Tensor], node: fx.Node, keeps: Keeps) -> None:
+def _equal_blocks(blocks: list[Tensor], node: fx.Node, shadow: Any, keeps: Keeps) -> None:
     """As many channels of one block as of every other."""
     if not blocks:
         return
     why = keeps.why[node]
-    most = max(int((why[block] != GONE).sum()) for block in blocks)
+    parts = isinstance(shadow, tuple)  # chunk counts its parts
+    if node not in keeps.full and not parts:  # rows that are dead as a whole may go, if they can
+        blocks = [block for block in blocks if bool((why[block] != GONE).any())]
+    most = max((int((why[block] != GONE).sum()) for block in blocks), default=0)
     for block in blocks:
         _fill(why, block, most)
 
 
-def _fill(why: Tensor, among: Tensor, count: int) -> None:
-    """Let the first dead ones of some channels in until ``count`` of them are there."""
+def _fill(why: Tensor, among: Tensor, count: int, liked: Tensor | None = None) -> None:
+    """Let dead ones of some channels in until ``count`` are there: liked ones, then the first."""
     missing = count - int((why[among] != GONE).sum())
     if missing > 0:
-        why[among[why[among] == GONE][:missing]] = HELD
+        dead = among[why[among] == GONE]
+        if liked is not None:
+            dead = torch.cat([dead[liked[dead]], dead[~liked[dead]]])
+        why[dead[:missing]] = HELD
+
+
+def _liked(node: fx.Node, analysis: Analysis, keeps: Keeps) -> Tensor | None:
+    """Channels of a branch that its sum has anyway: they cost the trunk nothing."""
+    while node not in keeps.scatters:
+        after = next(iter(node.users), node)
+        if len(node.users) != 1 or after not in analysis.facts:
+            return None
+        if analysis.facts[after].kind not in ("norm", "same", "scale", "pool"):
+            return None
+        node = after
+    user = next(iter(node.users))
+    (at,) = (at for source, at in analysis.facts[user].sources if source is node)
+    liked = torch.zeros(len(keeps.why[node]), dtype=torch.bool)
+    liked[at[keeps.mask(user) & (at >= 0)]] = True
+    return liked
 
 
 def _groups(node: fx.Node, analysis: Analysis, keeps: Keeps) -> None:
@@ -241,7 +268,7 @@ def _round(node: fx.Node, analysis: Analysis, keeps: Keeps) -> None:
         return
     wanted = max(count, keeps.min_channels)
     wanted = -(-wanted // keeps.round_to) * keeps.round_to
-    _fill(why, torch.arange(len(why)), min(wanted, len(why)))
+    _fill(why, torch.arange(len(why)), min(wanted, len(why)), _liked(node, analysis, keeps))
 
 
 def _find_dead_branches(analysis: Analysis, keeps: Keeps) -> None:

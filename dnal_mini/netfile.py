@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from dnal_mini.prune import FORMAT, Pruned, Report, operate
 
+PARTS = {"format", "config", "image_shape", "modules", "report", "certificate"}  # of a spec
+
 
 def save(small: Pruned, path: str | os.PathLike) -> None:
     """Write tensors and spec as one safetensors file; no pickle. The file appears whole or not."""
@@ -56,6 +58,8 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
     if metadata.get("sha256") != _digest(text, tensors):
         raise ValueError(f"got {path}, edited since it was saved (checksum differs); save it again")
     spec = json.loads(text)
+    if missing := sorted(PARTS - set(spec)):
+        raise ValueError(f"got {path} whose spec lacks {', '.join(missing)}; save it again")
     module = build(**_arguments(build, spec["config"] or {}))
     spec = _of_this_format(spec, module, path)
     operate(module, spec["modules"])
@@ -64,8 +68,24 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"got {path} of another net than build() gives ({reason})") from error
+    _run_once(module, spec["image_shape"], path)
     report, certificate = Report(**spec["report"]), spec["certificate"]["absolute"]
     return Pruned(module, spec, report, certificate)
+
+
+@torch.no_grad()
+def _run_once(net: nn.Module, image_shape: list[int], path: Path) -> None:
+    """Raises: ValueError if the rebuilt network does not take an image: its spec is wrong."""
+    like = next(net.parameters())
+    modes = [(module, module.training) for module in net.modules()]
+    try:
+        net.eval()(torch.zeros(1, *image_shape).to(like))
+    except (RuntimeError, IndexError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"got {path} whose net cannot run ({reason}); save it again") from error
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _of_this_format(spec: dict[str, Any], net: nn.Module, path: Path) -> dict[str, Any]:
@@ -84,7 +104,8 @@ def _of_this_format(spec: dict[str, Any], net: nn.Module, path: Path) -> dict[st
     modules = {name: dict(entry) for name, entry in spec["modules"].items()}
     grouped = {n for n, m in net.named_modules() if getattr(m, "groups", 1) > 1}
     for name in grouped & set(modules):  # a depthwise layer was cut by its outputs alone
-        modules[name] |= {"in": modules[name]["out"], "groups": len(modules[name]["out"])}
+        if out := modules[name].get("out"):
+            modules[name] |= {"in": out, "groups": len(out)}
     certificate = {"absolute": spec["certificate"]}
     return spec | {"format": FORMAT, "modules": modules, "certificate": certificate}
 

@@ -473,7 +473,10 @@ def _move_rule(node: fx.Node, analysis: Analysis) -> None:
         shadow = whole.relabelled(places_of(torch.arange(total), found))
         if shadow.plain and len(shadow.keys.unique()) != len(shadow.keys):
             raise Broken("a channel stands at two places")
-        blocks = rows_of_blocks(shadow)
+        made_here = all(
+            isinstance(v := analysis.values[n], Shadow) and v.raw is None for n, _ in read_from
+        )
+        blocks = rows_of_blocks(shadow) if made_here else []  # a grid that is only turned: no
     sources = []
     for n, start in read_from:
         own = found - start

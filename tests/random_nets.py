@@ -551,7 +551,7 @@ def head(d: Draft, x: str, classes: int) -> str:
         "{}.mean(3).mean(2)", "F.adaptive_avg_pool2d({}, 1)[:, :, 0, 0]",
     ]  # fmt: skip
     flat = [
-        "torch.flatten({}, 1)", "{0}.view({0}.size(0), -1)", "{}.flatten(start_dim=1)",
+        "torch.flatten({}, 1)", "{0}.contiguous().view({0}.size(0), -1)", "{}.flatten(start_dim=1)",
         "{0}.reshape({0}.shape[0], -1)", "{0}.reshape(-1, {1})",
     ]  # fmt: skip
     count = d.env[x][0].numel()

@@ -431,7 +431,6 @@ def test_widths_are_multiples_and_not_below_the_minimum(residual, least, multipl
         assert after >= exact.spec["cost"]["pruned"]["macs"]  # the trade
 
 
-@pytest.mark.xfail(strict=True, reason="what a branch holds is let into the trunk as well")
 def test_rounding_counts_the_channels_that_it_holds():
     net = own(keep=1.1)
     gates(net)["bn1.gate"].s.data[[0, 2, 3, 8]] = -1.0  # 7 of the first layer are left

@@ -165,15 +165,9 @@ MOVED: dict[str, tuple] = {
     "product with one channel": (lambda n, x: x * x[:, :1], CLOSED, [1, 4], 4),
     "product with a closed channel": (lambda n, x: x * x[:, 1:2], CLOSED, [0, 1, 2, 3, 4, 5], 1),
 }  # fmt: skip
-HOLDS = pytest.mark.xfail(strict=True, reason="exact, but holds more channels than it must")
-HELD_TOO_MUCH = {
-    "shuffle by hand", "shuffle in three", "stacked and taken apart", "product with one channel",
-}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=HOLDS) if n in HELD_TOO_MUCH else n for n in MOVED]
-)
+@pytest.mark.parametrize("name", MOVED)
 def test_an_operation_that_moves_channels_is_followed(name):
     middle, closed, zeros, left = MOVED[name]
     net = Around(middle, closed)
