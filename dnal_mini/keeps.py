@@ -50,14 +50,24 @@ def _give_way(misfit: Misfit, analysis: Analysis, keeps: Keeps) -> None:
     if scattered:
         keeps.scatters -= {_end_of(n, analysis) for n in scattered}
         return
-    before = {n: keeps.mask(n).clone() for n in keeps.why}
-    for tensor in _tensors_behind(node, analysis):
-        _pin(tensor, keeps)
-    if all(torch.equal(before[n], keeps.mask(n)) for n in keeps.why):
-        for tensor in keeps.why:  # nothing left to give at this place: keep all
+    for tensors in (list(_tensors_behind(node, analysis)), list(keeps.why)):
+        before = _count(keeps)
+        for tensor in tensors:
             _pin(tensor, keeps)
+        if _count(keeps) > before:
+            break  # the second time round all tensors: nothing was left to give at this place
+    else:
+        raise ValueError(
+            f"got {describe(node, analysis.graph)}, which does not fit the widths it was made for "
+            f"({misfit}); need a forward that does the same each time"
+        )
     note = f"{describe(node, analysis.graph)} takes no other width: {misfit}"
     analysis.walls.setdefault(node, note)
+
+
+def _count(keeps: Keeps) -> int:
+    """Channels that stay, over all tensors."""
+    return sum(int(keeps.mask(node).sum()) for node in keeps.why)
 
 
 def _tensors_behind(node: fx.Node, analysis: Analysis) -> Iterator[fx.Node]:
@@ -147,7 +157,7 @@ def _let_in(analysis: Analysis, keeps: Keeps) -> None:
     """Let dead channels in until every channel that stays has what it must lie beside."""
     nodes = list(analysis.facts)
     while True:
-        before = sum(int(keeps.mask(node).sum()) for node in nodes)
+        before = _count(keeps)
         for node in (*nodes, *reversed(nodes)):
             _tie(node, analysis, keeps)
         for calls in analysis.shared.values():
@@ -157,7 +167,7 @@ def _let_in(analysis: Analysis, keeps: Keeps) -> None:
             if analysis.facts[node].kind in WEIGHTS:
                 _groups(node, analysis, keeps)
                 _round(node, analysis, keeps)
-        if before == sum(int(keeps.mask(node).sum()) for node in nodes):
+        if before == _count(keeps):
             _find_dead_branches(analysis, keeps)
             if not _revive(analysis, keeps):
                 return
