@@ -48,9 +48,11 @@ class Report:
 
     def __str__(self) -> str:
         columns = ("before", "zero", "unneeded", "tied", "walled", "held", "after")
-        lines = [f"{'layer':40}" + "".join(f"{name:>9}" for name in columns)]
+        wide = 2 + max([len(row["layer"]) for row in self.layers] + [len("layer")])
+        lines = ["layer".ljust(wide) + "".join(f"{name:>9}" for name in columns)]
         for row in self.layers:
-            lines.append(f"{row['layer']:40}" + "".join(f"{row.get(c, 0):>9}" for c in columns))
+            counts = "".join(f"{row.get(name, 0):>9}" for name in columns)
+            lines.append(row["layer"].ljust(wide) + counts)
         return "\n".join([*lines, *(f"wall: {wall}" for wall in self.walls), *self.notes])
 
 
