@@ -112,8 +112,8 @@ def _held_whole(analysis: Analysis) -> Iterator[fx.Node]:
 def _branch_ends(analysis: Analysis, keeps: Keeps) -> Iterator[fx.Node]:
     """Modules at the end of a residual branch: they may keep fewer channels than the sum."""
     for node, facts in analysis.facts.items():
-        if facts.kind != "join" or len(facts.sources) != 2:
-            continue
+        if facts.kind != "join" or len(dict(facts.sources)) != 2:
+            continue  # not a sum of two different tensors
         if getattr(node.target, "__name__", str(node.target)).strip("_") not in ADDITIONS:
             continue
         for operand, at in facts.sources:

@@ -69,6 +69,8 @@ FIXED: dict[str, tuple[list[Step], int]] = {  # shrunk programs that failed once
         ],
         391,
     ),
+    "branch end minus itself": ([("conv", 2961), ("arithmetic", 33563)], 1435),
+    "sums that cancel before a wall": (program(1941), 1941),
     "image changed in place": ([("activation", 26390)], 420),
     "norm of a concatenation, read twice": ([("concat", 23929), ("concat", 24557)], 80),
 }
