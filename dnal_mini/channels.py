@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from dnal_mini.channelmap import ChannelMap
 from dnal_mini.facts import CONSTANT, FIXED, LIVE, ZERO, Analysis, Facts, Unknown
+from dnal_mini.functional import adopt
 from dnal_mini.graphs import (
     attribute,
     called_again,
@@ -58,6 +59,8 @@ def prepare(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
     Raises: ValueError if torch.fx cannot trace the network or the image does not fit it.
     """
     *fuller, graph = graphs_of_both_modes(net)
+    for each in (*fuller, graph):
+        adopt(each)
     for other in fuller:
         with contextlib.suppress(ValueError):  # its train-mode part may want larger images
             measure_shapes(other, image_shape)
@@ -73,7 +76,8 @@ def facts_of(
 
     ``forward_only`` leaves out who needs a channel.
     """
-    analysis = Analysis(graph, shared=called_again(graph), lent=lent(graph))
+    bare = graph.meta.get("bare", {})
+    analysis = Analysis(graph, shared=called_again(graph), lent=lent(graph) - set(bare), bare=bare)
     written = settle_in_place(graph)
     for node in graph.graph.nodes:
         _forward(node, analysis)
@@ -187,7 +191,10 @@ def folds(node: fx.Node, analysis: Analysis) -> Tensor:
     x = analysis.facts[node.all_input_nodes[0]]
     constant = x.state == CONSTANT
     module = analysis.module(node)
-    own = str(node.target) not in analysis.shared and getattr(module, "groups", 1) == 1
+    own = (
+        str(node.target) not in {*analysis.shared, *analysis.bare}
+        and getattr(module, "groups", 1) == 1
+    )
     if not own or not keeps_constants(module, facts.kind):
         return torch.zeros(len(facts.inputs), dtype=torch.bool)
     readers = [analysis.facts[u].kind if u in analysis.facts else "" for u in node.users]

@@ -50,6 +50,7 @@ class Analysis:
     values: dict[fx.Node, Any] = field(default_factory=dict)  # their shadows; sizes; numbers
     walls: dict[fx.Node, str] = field(default_factory=dict)
     shared: dict[str, list[fx.Node]] = field(default_factory=dict)  # modules called again
+    bare: dict[str, dict[str, str]] = field(default_factory=dict)  # layers called as functions
     lent: set[str] = field(default_factory=set)  # modules that share a parameter with others
 
     def module(self, node: fx.Node) -> Any:

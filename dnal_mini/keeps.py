@@ -134,7 +134,7 @@ def _end_of(node: fx.Node, analysis: Analysis) -> fx.Node | None:
         if facts is None or facts.kind not in ("same", "pool") or len(node.users) != 1:
             return None
         node = facts.sources[0][0]
-    alone = len(node.users) == 1 and str(node.target) not in analysis.shared
+    alone = len(node.users) == 1 and str(node.target) not in {*analysis.shared, *analysis.bare}
     return node if alone and node not in analysis.walls else None
 
 
@@ -328,7 +328,8 @@ def _dead_chain(
 
 def _can_idle(node: fx.Node, analysis: Analysis) -> bool:
     """True if an operation may be left out, or left alone because it keeps any shape."""
-    alone = node.op == "call_module" and str(node.target) not in analysis.shared
+    fixed = {*analysis.shared, *analysis.bare}
+    alone = node.op == "call_module" and str(node.target) not in fixed
     return alone or analysis.facts[node].kind == "same"
 
 

@@ -62,7 +62,8 @@ def plan(analysis: Analysis, keeps: Keeps) -> tuple[dict[str, dict], dict[str, N
     Entries by qualified name: {"out", "in"} (positions of the full layer, in their new order),
     {"columns"} (each of "in" stands for so many columns), {"groups"}, {"bias": true} (gets one),
     {"gather", "scatter"} (a ChannelMap in front, behind), {"source"} for a ChannelMap, {"zeros",
-    "stride"} for the end of a branch that is gone, {"gone"} for the rest of such a branch.
+    "stride"} for the end of a branch that is gone, {"gone"} for the rest of such a branch, {"of"}
+    where the parameters are of a layer that is called as a function.
     """
     report = Report(notes=list(keeps.notes))
     modules: dict[str, dict] = {}
@@ -84,7 +85,7 @@ def plan(analysis: Analysis, keeps: Keeps) -> tuple[dict[str, dict], dict[str, N
             if analysis.module(node).bias is None and not folded.norm:
                 entry["bias"] = True
         if entry:
-            modules[name] = entry
+            modules[name] = entry | ({"of": analysis.bare[name]} if name in analysis.bare else {})
     rows = (n for n in analysis.facts if analysis.facts[n].kind in WEIGHTS)
     report.layers = [_report_row(node, analysis, keeps) for node in rows]
     report.walls = list(_walls(analysis, keeps))
@@ -151,7 +152,8 @@ def _inputs(
     given = keeps.inside[node]
     groups = getattr(module, "groups", 1)
     reads = (wanted(node, analysis) & x.kept[facts.inputs])[given]
-    if keeps.residual == "tie" or str(node.target) in analysis.shared or groups > 1:
+    fixed = {*analysis.shared, *analysis.bare}
+    if keeps.residual == "tie" or str(node.target) in fixed or groups > 1:
         used = given
     elif len(facts.inputs) != len(facts.inputs.unique()) or _axis(node, analysis) != 1:
         used = given  # several columns for a channel: a gather would cost more than it saves

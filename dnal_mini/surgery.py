@@ -31,6 +31,9 @@ def operate(net: nn.Module, modules: dict[str, dict]) -> None:
     places = Places(net)
     for name, entry in modules.items():
         try:
+            if "of" in entry:
+                _cut_parameters(net, entry)
+                continue
             module = net.get_submodule(name)
             places.replace(module, _smaller(module, entry))
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -38,6 +41,23 @@ def operate(net: nn.Module, modules: dict[str, dict]) -> None:
                 f"got a spec whose layer {name!r} does not fit this {type(net).__name__} "
                 f"({error}); need the architecture and widths it was made of"
             ) from error
+
+
+def _cut_parameters(net: nn.Module, entry: dict[str, Any]) -> None:
+    """Make the parameters of a layer smaller that forward calls as a function, in place."""
+    for role, name in entry["of"].items():
+        parent, _, last = name.rpartition(".")
+        owner = net.get_submodule(parent)
+        tensor = small = getattr(owner, last)
+        if "in" in entry and role == "weight":
+            columns = entry.get("columns", 1)
+            keep = torch.tensor(entry["in"])[:, None] * columns + torch.arange(columns)
+            small = small.detach().index_select(1, keep.flatten().to(tensor.device))
+        if "out" in entry:
+            small = small.detach().index_select(0, torch.tensor(entry["out"]).to(tensor.device))
+        is_weight = isinstance(tensor, nn.Parameter)
+        new = nn.Parameter(small.clone(), tensor.requires_grad) if is_weight else small.clone()
+        setattr(owner, last, new)
 
 
 def _smaller(module: Any, entry: dict[str, Any]) -> nn.Module:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dnal_mini"
 ROWS = [
     {"gate", "cost", "data", "imagecache", "runlog", "channelmap", "shadow"},
     {"models", "deploy", "compare", "operations", "graphs", "facts"},
-    {"rules", "dropgates"},
+    {"rules", "dropgates", "functional"},
     {"channels", "walk", "surgery"},
     {"keeps", "plan"},
     {"prune", "train"},
