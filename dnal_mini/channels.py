@@ -35,7 +35,7 @@ from dnal_mini.graphs import (
 )
 from dnal_mini.operations import kind_of
 from dnal_mini.rules import RULES, affine, blocks_of, keeps_constants, number
-from dnal_mini.shadow import Broken, fresh
+from dnal_mini.shadow import REFUSALS, fresh
 
 __all__ = ["CONSTANT", "FIXED", "LIVE", "ZERO", "Analysis", "ChannelMap", "Facts", "analyse"]
 
@@ -114,7 +114,7 @@ def _forward(node: fx.Node, analysis: Analysis) -> None:
             _wall(node, analysis)
         else:
             RULES[kind](node, analysis)
-    except (Broken, RuntimeError, TypeError, ValueError, LookupError, AttributeError):
+    except REFUSALS:
         _wall(node, analysis)  # the operation is used in a way that the rules do not cover
 
 

@@ -59,7 +59,7 @@ def cost(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Cost:
     """
     images = _images(net, image_shape)
     counter, recorder = FlopCounterMode(display=False), _Recorder(images)
-    with _evaluating(net), torch.no_grad(), recorder.without_gates(net), counter, recorder:
+    with evaluating(net), torch.no_grad(), recorder.without_gates(net), counter, recorder:
         outputs = _run(net, images)
     scalars = {id(s) for m in net.modules() if _is_gate(m) for s in m.parameters(recurse=False)}
     return Cost(
@@ -274,7 +274,7 @@ def _layer_calls(
 
     handles = [layer.register_forward_hook(note) for layer in names]
     try:
-        with _evaluating(net), torch.no_grad():
+        with evaluating(net), torch.no_grad():
             _run(net, images)
     finally:
         for handle in handles:
@@ -324,7 +324,7 @@ def interleaved(
             if channels_last:  # a copy: the caller's parameters keep their memory format
                 net = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 images = images.contiguous(memory_format=torch.channels_last)
-            stack.enter_context(_evaluating(net))
+            stack.enter_context(evaluating(net))
             passes.append((net, images))
         stack.enter_context(torch.inference_mode())
         for net, images in passes:
@@ -401,7 +401,7 @@ def _run(net: nn.Module, images: Tensor) -> Any:
 
 
 @contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
+def evaluating(net: nn.Module) -> Iterator[None]:
     """Evaluation mode inside the block; afterwards every module has its own flag back."""
     flags = [(module, module.training) for module in net.modules()]
     net.eval()

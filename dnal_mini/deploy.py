@@ -22,10 +22,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dnal_mini.gate import gates, is_activation, replace_module, trace
+from dnal_mini.operations import CONVS, NORMS, TRANSPOSED
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}  # file against network, relative
 TRACED_BATCH, CHECKED_BATCHES = 2, (1, 5)
@@ -85,7 +83,7 @@ def _foldable(node: fx.Node, graph: fx.GraphModule) -> tuple[Any, Any] | None:
         return None
     before = node.all_input_nodes[0]
     layer = _module(before, graph)
-    if type(layer) not in (*CONVOLUTIONS, *TRANSPOSED, nn.Linear) or len(before.users) > 1:
+    if type(layer) not in (*CONVS, *TRANSPOSED, nn.Linear) or len(before.users) > 1:
         return None
     if type(layer) is nn.Linear and not _is_matrix(before, graph):
         return None

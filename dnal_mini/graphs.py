@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dnal_mini.cost import evaluating
 from dnal_mini.gate import trace
 from dnal_mini.operations import in_place, kind_of
 from dnal_mini.shadow import BATCH
@@ -103,18 +104,13 @@ def measure_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
 
     Raises: ValueError with the forward's own reason if it does not take such images.
     """
-    modes = [(module, module.training) for module in graph.modules()]
     first = next(graph.parameters(), torch.zeros(()))
-    graph.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(graph):
             _Shapes(graph).run(torch.zeros(BATCH, *image_shape).to(first))
     except Exception as error:  # whatever the user's forward raises on such an image
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"got image_shape {tuple(image_shape)}, which fails: {reason}") from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dnal_mini.cost import evaluating
 from dnal_mini.prune import FORMAT, Pruned, Report, operate
 
 PARTS = {"format", "config", "image_shape", "modules", "report", "certificate"}  # of a spec
@@ -77,15 +78,12 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
 def _run_once(net: nn.Module, image_shape: list[int], path: Path) -> None:
     """Raises: ValueError if the rebuilt network does not take an image: its spec is wrong."""
     like = next(net.parameters())
-    modes = [(module, module.training) for module in net.modules()]
     try:
-        net.eval()(torch.zeros(1, *image_shape).to(like))
+        with evaluating(net):
+            net(torch.zeros(1, *image_shape).to(like))
     except (RuntimeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"got {path} whose net cannot run ({reason}); save it again") from error
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _of_this_format(spec: dict[str, Any], net: nn.Module, path: Path) -> dict[str, Any]:

@@ -131,9 +131,9 @@ def _module_kind(module: nn.Module) -> str:
 
 
 def is_changed(module: nn.Module) -> bool:
-    """True if hooks or parametrized weights make a module do something of its own."""
+    """True if hooks, parametrized weights or a forward put in its place change what it does."""
     hooks = bool(module._forward_hooks) or bool(module._forward_pre_hooks)
-    return hooks or parametrize.is_parametrized(module)
+    return hooks or "forward" in vars(module) or parametrize.is_parametrized(module)
 
 
 def in_place(node: fx.Node, graph: fx.GraphModule) -> bool:

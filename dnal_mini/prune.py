@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from dnal_mini.channels import analyse
-from dnal_mini.cost import cost
+from dnal_mini.cost import cost, evaluating
 from dnal_mini.deploy import deploy
 from dnal_mini.dropgates import drop_gates
 from dnal_mini.gate import gates, set_gates
@@ -223,10 +223,6 @@ def _difference(
 
 def _outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
     """All tensors that a net returns, in float64, run in eval mode."""
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        output = net.eval()(images.clone())
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(net):
+        output = net(images.clone())
     return [t.double() for t in tree_leaves(output) if isinstance(t, Tensor)]

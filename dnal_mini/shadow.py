@@ -22,6 +22,10 @@ class Broken(Exception):
     """A narrower tensor does not fit the forward code; the message says how."""
 
 
+# What an operation may raise that is used in a way that its rule, or its width, does not cover.
+REFUSALS = (Broken, RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+
+
 @dataclass(frozen=True)
 class Shadow:
     """The channels of one tensor of ``shape`` (batch first).

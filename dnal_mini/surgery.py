@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dnal_mini.channelmap import ChannelMap
 from dnal_mini.dropgates import Places
+from dnal_mini.operations import TRANSPOSED
 
 
 @dataclass
@@ -97,10 +98,9 @@ def _cut_inputs(layer: Any, entry: dict[str, Any]) -> None:
         weight = layer.weight.detach()
         width, height = weight.shape[1], len(weight) // groups
         rows = keep.reshape(entry["groups"], -1)
-        out = torch.arange(len(weight))
         group_of = {int(row[0]) // width: row % width for row in rows}
         new = weight.new_zeros(len(weight), rows.shape[1], *weight.shape[2:])
-        for o in out.tolist():
+        for o in range(len(weight)):
             if o // height in group_of:
                 new[o] = weight[o].index_select(0, group_of[o // height].to(weight.device))
     else:
@@ -111,7 +111,6 @@ def _cut_inputs(layer: Any, entry: dict[str, Any]) -> None:
 
 
 SIZES = {"out_channels", "out_features", "num_features", "num_parameters"}
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _cut_outputs(layer: Any, keep: list[int], groups: int | None) -> None:

@@ -12,9 +12,7 @@ from torch import Tensor, fx
 from dnal_mini.facts import Analysis, Facts, Keeps
 from dnal_mini.graphs import shape_of
 from dnal_mini.rules import mean_of, moved, number, others, padding_of, pairs_of, places_of
-from dnal_mini.shadow import SPOTS, Broken, Shadow, held, read
-
-REFUSALS = (Broken, RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+from dnal_mini.shadow import REFUSALS, SPOTS, Broken, Shadow, held, read
 
 
 class Misfit(Exception):
@@ -45,14 +43,7 @@ class Walk:
                 continue
             try:
                 self._step(node)
-            except (
-                Broken,
-                RuntimeError,
-                TypeError,
-                ValueError,
-                LookupError,
-                AttributeError,
-            ) as error:
+            except REFUSALS as error:
                 reason = str(error).strip().splitlines()
                 raise Misfit(node, reason[0] if reason else type(error).__name__) from error
         for calls in self.analysis.shared.values():
@@ -112,7 +103,7 @@ class Walk:
                 shadow = held(kept, self._shape_after(node, full), full.axis)
             case "map":
                 source = self._single(node)
-                self.keeps.inside[node] = _places(source.channels, facts.sources[0][1][kept])
+                self.keeps.inside[node] = places_of(facts.sources[0][1][kept], source.channels)
                 shadow = held(kept, full.shape)
             case "norm" | "scale":
                 source = self._single(node)
@@ -234,9 +225,3 @@ class Walk:
 
 def _parts(value: Any) -> tuple:
     return value if isinstance(value, tuple) else (value,)
-
-
-def _places(held_channels: Tensor, wanted: Tensor) -> Tensor:
-    """Where each wanted channel lies; -1 for one that is not there."""
-    places = {channel: place for place, channel in enumerate(held_channels.tolist())}
-    return torch.tensor([places.get(channel, -1) for channel in wanted.tolist()])
