@@ -4,11 +4,8 @@ A mistake of the user's ends in one line on stderr and exit code 2. Progress bar
 the library.
 """
 
-import contextlib
 import dataclasses
-import difflib
 import hashlib
-import io
 import json
 import os
 import shlex
@@ -19,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 
 from dnal_mini import runlog
+from dnal_mini.words import known, overrides, paths_and_switches, print_fields, take, typed
 
 if TYPE_CHECKING:
     from torch import nn
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             elif words[0] == "--version":
                 print(", ".join(f"{name} {found}" for name, found in runlog.versions().items()))
             else:
-                commands[_known(words[0], commands, "command")](words[1:])
+                commands[known(words[0], commands, "command")](words[1:])
             sys.stdout.flush()  # here, where a closed pipe can be caught
         except BrokenPipeError:  # the reader, e.g. head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -105,19 +103,19 @@ def _run(words: list[str]) -> None:
 
     bare = bool(words) and not words[0].startswith("-")
     name = words[0] if bare else "digits"
-    config = RECIPES[_known(name, RECIPES, "recipe")]()
+    config = RECIPES[known(name, RECIPES, "recipe")]()
     if "-h" in words or "--help" in words:
-        _print_fields(config)
+        print_fields(config)
         return
-    overrides = _overrides(words[1:] if bare else words, config)
-    out = overrides.pop("out", None)
-    config = dataclasses.replace(config, **overrides)
+    given = overrides(words[1:] if bare else words, config)
+    out = given.pop("out", None)
+    config = dataclasses.replace(config, **given)
     _search(config, Path(out) if out else Path("runs") / f"{config.name}-{_hash(config)}")
 
 
 def _resume(words: list[str]) -> None:
     """Continue the run in the folder with its own settings; a finished one prints its results."""
-    paths, _ = _paths_and_switches(words, ())
+    paths, _ = paths_and_switches(words, ())
     if len(paths) != 1 or not paths[0].is_dir():
         got = " ".join(words) or "no folder"
         raise ValueError(f"got {got}; need the one folder of a run; do look at what dnal run said")
@@ -129,7 +127,7 @@ def _resume(words: list[str]) -> None:
 
 def _report(words: list[str]) -> None:
     """Results of one run, or of several in one table."""
-    paths, switches = _paths_and_switches(words, ("--epochs", "--markdown"))
+    paths, switches = paths_and_switches(words, ("--epochs", "--markdown"))
     if not paths:
         raise ValueError("got no run to report; need its folder or record; do name one or more")
     records = [runlog.read(path) for path in paths]
@@ -148,9 +146,9 @@ def _export(words: list[str]) -> None:
     from dnal_mini.deploy import export
 
     rest = list(words)
-    kind = _known(_take(rest, "--format") or "both", ("onnx", "pt2", "both"), "format")
-    out = _take(rest, "--out")
-    paths, switches = _paths_and_switches(rest, ("--deploy", "--no-deploy"))
+    kind = known(take(rest, "--format") or "both", ("onnx", "pt2", "both"), "format")
+    out = take(rest, "--out")
+    paths, switches = paths_and_switches(rest, ("--deploy", "--no-deploy"))
     if len(paths) != 1 or len(switches) > 1:
         got = " ".join(words) or "nothing to export"
         raise ValueError(f"got {got}; need one run folder or .safetensors file; do see dnal --help")
@@ -175,7 +173,7 @@ def _recipes(words: list[str]) -> None:
     """Name, model, epochs of the three stages, and the first line of each recipe."""
     from dnal_mini.recipes import RECIPES
 
-    _paths_and_switches(words, ())
+    paths_and_switches(words, ())
     for name, recipe in RECIPES.items():
         config = recipe()
         epochs = (config.weight_epochs, config.arch_epochs, config.fine_tune_epochs)
@@ -196,8 +194,8 @@ def _settings(folder: Path) -> "SearchConfig":
         stored = dict(json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"got {path} ({error}); need a run's settings; do start it anew") from None
-    names = [_known(name, types, "field") for name in stored]
-    return SearchConfig(**{n: _typed(n, stored[n], types[n]) for n in names})
+    names = [known(name, types, "field") for name in stored]
+    return SearchConfig(**{n: typed(n, stored[n], types[n]) for n in names})
 
 
 def _nets(path: Path) -> tuple[dict[str, "nn.Module"], tuple[int, ...]]:
@@ -315,63 +313,6 @@ class Display:
         self.tqdm.write(line, file=self.stream)
 
 
-# Words to settings ------------------------------------------------------------------------------
-
-
-def _overrides(words: list[str], config: "SearchConfig") -> dict[str, Any]:
-    """``--field value`` pairs as a dict of typed values; "out" may be among them."""
-    types = get_type_hints(type(config))
-    names = [field.name for field in dataclasses.fields(config)] + ["out"]
-    rest, values = list(words), {}
-    while rest:
-        flag, equals, text = rest.pop(0).partition("=")
-        if not flag.startswith("--"):
-            raise ValueError(f"got {flag!r} alone; need --field value; do put the recipe first")
-        name = _known(flag[2:].replace("-", "_"), names, "field")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
-            text = rest.pop(0)
-        values[name] = text if name == "out" else _typed(flag, text, types[name])
-    return values
-
-
-def _typed(flag: str, value: Any, kind: Any) -> Any:
-    """The value as one of the annotation, read by tyro."""
-    import tyro
-
-    values = value if isinstance(value, list) else [value]
-    words = [str(word).capitalize() if kind is bool else str(word) for word in values]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # tyro's box, said in one line below
-            return tyro.cli(kind, args=words, console_outputs=False)
-    except SystemExit:
-        choices = (True, False) if kind is bool else getattr(kind, "__args__", (kind,))
-        need = " or ".join(str(getattr(choice, "__name__", choice)) for choice in choices)
-        got = " ".join(repr(word) for word in values)
-        raise ValueError(f"got {flag} {got}; need {need}; do see dnal run --help") from None
-
-
-def _take(words: list[str], flag: str) -> str | None:
-    """The text of ``--flag TEXT`` or ``--flag=TEXT``, taken out of the words; None if not there."""
-    for at, word in enumerate(words):
-        name, equals, text = word.partition("=")
-        if name == flag:
-            if not equals and not words[at + 1 :]:
-                raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
-            text = text if equals else words[at + 1]
-            del words[at : at + (1 if equals else 2)]
-            return text
-    return None
-
-
-def _paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[list[Path], set[str]]:
-    """Folders and files, and which of the command's switches are among the words."""
-    paths = [Path(word) for word in words if not word.startswith("-")]
-    flags = [word for word in words if word.startswith("-")]
-    return paths, {_known(flag, switches, "option") for flag in flags}
-
-
 def _hash(config: "SearchConfig") -> str:
     """Six digits that differ between runs of one recipe with other settings."""
     from dnal_mini.runfolder import PATHS
@@ -379,35 +320,6 @@ def _hash(config: "SearchConfig") -> str:
     settings = dataclasses.asdict(config)
     text = json.dumps({name: settings[name] for name in sorted({*settings} - {*PATHS})})
     return hashlib.sha256(text.encode()).hexdigest()[:6]
-
-
-def _print_fields(config: "SearchConfig") -> None:
-    """tyro's help page: every field with its value in this recipe and what it is for."""
-    import tyro
-
-    with contextlib.suppress(SystemExit):
-        tyro.cli(
-            type(config),
-            default=config,
-            args=["--help"],
-            prog="dnal run [RECIPE] [--out DIR]",
-            description=f"The recipe {config.name}, with its settings. Results go to stdout.",
-            config=(tyro.conf.FlagConversionOff,),
-        )
-
-
-def _known(word: str, names: Iterable[str], what: str) -> str:
-    """The word, if it is one of the names.
-
-    Raises: ValueError with the nearest name.
-    """
-    names = list(names)
-    if word in names:
-        return word
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    need = near[0] if near else f"one of {', '.join(names)}"
-    help_ = {"field": "dnal run --help", "recipe": "dnal recipes"}.get(what, "dnal --help")
-    raise ValueError(f"got {what} {word!r}; need {need}; do see {help_}")
 
 
 if __name__ == "__main__":
