@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 
 from dnal_mini import runlog
-from dnal_mini.words import known, overrides, paths_and_switches, print_fields, take, typed
+from dnal_mini.words import (
+    known,
+    overrides,
+    paths_and_switches,
+    print_fields,
+    take,
+    take_all,
+    typed,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,14 +35,21 @@ if TYPE_CHECKING:
 USAGE = """\
 usage: dnal run [RECIPE] [--field value ...] [--out DIR]
        dnal resume DIR
-       dnal report DIR|FILE ... [--epochs] [--markdown]
+       dnal sweep [RECIPE] --gate-price P1 P2 ... [--seed S1 S2 ...] [--jobs N] [--ray [ADDRESS]]
+                  [--field value ...] [--out DIR]
+       dnal report DIR|FILE ... [--epochs] [--markdown] [--figure FILE.svg|png]
        dnal export DIR|FILE [--format onnx|pt2|both] [--no-deploy] [--out DIR]
        dnal recipes
 
 run      Train, learn the width, cut, fine-tune; the default recipe is digits (minutes on two
          cores). "dnal run --help" lists every field, "dnal run RECIPE --help" with its values.
 resume   Go on with an interrupted run at its last finished epoch.
-report   The results of one run, or a table of several. --epochs: one line per epoch.
+sweep    A run per price and seed. What the runs of a seed share is trained once. The same command
+         again goes on, with more prices or seeds if they are named. --target-macs M1 M2 ...: a
+         share of the MACs to reach, in place of a price. --jobs: runs at a time. --ray: on a Ray
+         cluster, whose machines must share the file system.
+report   The results of one run, or tables of several or of a sweep: each run, means over seeds,
+         what sharing saved. --epochs: one line per epoch. --figure: accuracy over MACs.
 export   The dense and the pruned net of a finished run as ONNX and torch.export files, each
          compared with the net; of a .safetensors file the pruned net alone. BatchNorm is folded
          into the convolutions unless --no-deploy.
@@ -48,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = {
         "run": _run,
         "resume": _resume,
+        "sweep": _sweep,
         "report": _report,
         "export": _export,
         "recipes": _recipes,
@@ -64,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()  # here, where a closed pipe can be caught
         except BrokenPipeError:  # the reader, e.g. head, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             line = _one_line(error)
             if line is None:
                 raise
@@ -76,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _one_line(error: ValueError | OSError) -> str | None:
+def _one_line(error: Exception) -> str | None:
     """The error as one line of got, need, do; None if it is no message for a user."""
     text = " ".join(str(error).split())
     if "got " in text and ";" in text:
@@ -99,18 +115,23 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def _run(words: list[str]) -> None:
     """The recipe with its overrides, in a folder that its settings name unless --out does."""
+    config, rest = _recipe(words)
+    if "-h" in words or "--help" in words:
+        print_fields(config, "dnal run [RECIPE] [--out DIR]")
+        return
+    given = overrides(rest, config)
+    out = given.pop("out", None)
+    config = dataclasses.replace(config, **given)
+    _search(config, Path(out) if out else Path("runs") / f"{config.name}-{_hash(config)}")
+
+
+def _recipe(words: list[str]) -> tuple["SearchConfig", list[str]]:
+    """The recipe that the first word names, else digits, and the words that are left."""
     from dnal_mini.recipes import RECIPES
 
     bare = bool(words) and not words[0].startswith("-")
     name = words[0] if bare else "digits"
-    config = RECIPES[known(name, RECIPES, "recipe")]()
-    if "-h" in words or "--help" in words:
-        print_fields(config)
-        return
-    given = overrides(words[1:] if bare else words, config)
-    out = given.pop("out", None)
-    config = dataclasses.replace(config, **given)
-    _search(config, Path(out) if out else Path("runs") / f"{config.name}-{_hash(config)}")
+    return RECIPES[known(name, RECIPES, "recipe")](), words[1:] if bare else list(words)
 
 
 def _resume(words: list[str]) -> None:
@@ -125,20 +146,86 @@ def _resume(words: list[str]) -> None:
     _search(_settings(paths[0]), paths[0])
 
 
+def _sweep(words: list[str]) -> None:
+    """All runs of a sweep that are not finished, in a folder that the settings name, or --out."""
+    from dnal_mini import sweep
+
+    config, rest = _recipe(words)
+    if "-h" in words or "--help" in words:
+        print_fields(config, "dnal sweep [RECIPE] --gate-price P1 P2 ... [--seed S1 S2 ...]")
+        return
+    prices, targets = take_all(rest, "--gate-price"), take_all(rest, "--target-macs")
+    if (prices is None) == (targets is None):
+        got = "no price" if prices is None else "prices and targets"
+        raise ValueError(f"got {got}; need --gate-price P1 P2 ..., or --target-macs M1 M2 ...")
+    field: sweep.Field = "gate_price" if targets is None else "target_macs"
+    values = [typed(field, text, float) for text in prices or targets or ()]
+    seeds = take_all(rest, "--seed")
+    jobs, ray = take(rest, "--jobs"), take_all(rest, "--ray")
+    given = overrides(rest, config)
+    out = given.pop("out", None)
+    config = dataclasses.replace(config, **given)
+    folder = Path(out) if out else Path("runs") / f"{config.name}-sweep-{_hash(config)}"
+    try:
+        failed = sweep.sweep(
+            config,
+            values,
+            [config.seed] if seeds is None else [typed("seed", text, int) for text in seeds],
+            folder,
+            field=field,
+            jobs=1 if jobs is None else typed("jobs", jobs, int),
+            ray=None if ray is None else " ".join(ray),
+            on_row=_show_of_several,
+        )
+    except KeyboardInterrupt:
+        again = shlex.join(["dnal", "sweep", *words])
+        raise KeyboardInterrupt(f"interrupted; continue with the same command: {again}") from None
+    _report([str(folder)])
+    if failed:
+        names = ", ".join(failed)
+        raise ValueError(f"got {len(failed)} runs that failed: {names}; need what their lines say")
+
+
+def _show_of_several(name: str, row: runlog.Row) -> None:
+    """One line on stderr for an epoch, a warning or the end of one of several runs."""
+    match row["kind"]:
+        case "epoch" if not row.get("taken_over"):
+            line = runlog.epoch_line(row)
+        case "warning":
+            line = f"WARNING, {row['stage']} epoch {row['epoch']}: {row['text']}"
+        case "failed":
+            line = f"failed: {row['reason']}"
+        case "result":
+            kept = row["macs"][1] / row["macs"][0]
+            line = f"done, tuned {row['fine_tuned_accuracy']:.2%}, MACs kept {kept:.1%}"
+        case _:
+            return
+    print(f"{name}: {line}", file=sys.stderr, flush=True)
+
+
 def _report(words: list[str]) -> None:
-    """Results of one run, or of several in one table."""
-    paths, switches = paths_and_switches(words, ("--epochs", "--markdown"))
+    """Results of one run, or of several, or of a sweep, in tables; and a figure of them."""
+    from dnal_mini import seeds, sweep
+
+    rest = list(words)
+    figure = take(rest, "--figure")
+    paths, switches = paths_and_switches(rest, ("--epochs", "--markdown", "--figure"))
     if not paths:
         raise ValueError("got no run to report; need its folder or record; do name one or more")
-    records = [runlog.read(path) for path in paths]
-    markdown = "--markdown" in switches
+    sweeps = [path for path in paths if (path / sweep.FILE_NAME).exists()]
+    asked = [run for path in paths for run in (sweep.runs(path) if path in sweeps else [path])]
+    left = [run for path in sweeps for run in sweep.runs(path) if not run.exists()]
+    found = {path: runlog.read(path) for path in asked if path not in left}
+    records, markdown = list(found.values()), "--markdown" in switches
+    if figure:
+        seeds.draw(records, figure)
     if "--epochs" in switches:
-        for path, rows in zip(paths, records, strict=True):
+        for path, rows in found.items():
             print(f"{path}\n\n{runlog.epochs_table(rows, markdown)}\n")
-    if len(records) == 1:
+    if len(records) == 1 and not sweeps:
         print(runlog.final_table(records[0], markdown))
     else:
-        print(runlog.results_table(records, markdown))
+        print(seeds.tables(records, left if sweeps else None, markdown))
 
 
 def _export(words: list[str]) -> None:

@@ -9,6 +9,8 @@ from dnal_mini.gate import Objective, Order
 from dnal_mini.prune import Residual
 from dnal_mini.train import Precision
 
+ScheduleName = Literal["constant", "cosine", "one-cycle"]
+
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -44,19 +46,31 @@ class SearchConfig:
     batch: int = 128
     """Images per step."""
     weight_lr: float = 0.1
-    """Learning rate of stage 1, constant."""
+    """Learning rate of stage 1."""
+    weight_schedule: ScheduleName = "constant"
+    """How it goes: constant (paper), cosine down to 0, or one-cycle (up, then down to 0)."""
     arch_lr: float = 0.1
     """Learning rate of s in stage 2, constant."""
     fine_tune_lr: float = 0.1
-    """Learning rate at the start of stage 3; falls to 0 along a cosine."""
+    """Learning rate of stage 3, and of the baseline: the highest one."""
+    fine_tune_schedule: ScheduleName = "cosine"
+    """How it goes, as for stage 1."""
     momentum: float = 0.9
     """SGD momentum, all stages."""
+    nesterov: bool = False
+    """Nesterov's form of it, for the weights."""
+    label_smoothing: float = 0.0
+    """Share of the target spread over all classes when weights are trained; 0 in stage 2."""
     weight_decay: float = 1e-4
     """Of the weights; s has none."""
     reset_momentum: bool = False
     """Empty the momentum buffers before every epoch, as the authors' scripts do."""
     gate_price: float = 1e-4
     """Loss (nats) per open gate: lambda_a."""
+    price_per: Literal["gate", "macs"] = "gate"
+    """Every gate costs the same (paper), or in proportion to the MACs that closing it saves."""
+    target_macs: float = 0.0
+    """Share of the dense MACs to end at: the price is found, from gate_price on; 0: as given."""
     objective: Objective = "paper"
     """Price sum sigmoid(delta s) as in the paper, or sum sigmoid(s) as in the authors' code."""
     delta_form: Objective = "paper"
@@ -85,6 +99,16 @@ class SearchConfig:
     """Of convolutions; auto: bfloat16 where the hardware multiplies in it."""
     channels_last: bool = True
     """Memory layout of images and filters."""
+    compile: bool = False
+    """Let torch.compile fuse the training step; pays on long runs."""
+    checkpoint_s: float = 300.0
+    """Seconds between checkpoints inside an epoch; one follows each epoch anyway."""
+    devices: int = 1
+    """Processes on each machine, one device each; they share every batch."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: str = "ddp"
+    """How Lightning Fabric shares the work."""
 
     def epochs(self, stage: str) -> int:
         """Number of epochs of a stage; the baseline takes as many as stages 2 and 3 together."""
@@ -110,13 +134,20 @@ class SearchConfig:
             if not (low <= value <= high and math.isfinite(value)):
                 above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
                 raise ValueError(f"got {name} {value}; need {above}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("got nesterov with momentum 0; need momentum; do set --momentum 0.9")
 
 
+# They say where and with what, not what: not in comparisons of runs. Paths are kept out of records.
+PATHS = ("data_dir", "weights_from")
+MEANS = (*PATHS, "checkpoint_s", "devices", "num_nodes", "strategy")
 TINY = 1e-12
 RANGES = {
     "val": (1, math.inf), "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (1, math.inf),
     "arch_epochs": (1, math.inf), "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf),
     "weight_lr": (TINY, math.inf), "arch_lr": (TINY, math.inf), "fine_tune_lr": (TINY, math.inf),
     "momentum": (0, 1), "weight_decay": (0, math.inf), "gate_price": (0, math.inf),
-    "delta_max": (1, 1e9), "threshold": (1e-6, 1 - 1e-6), "floor": (0, 1), "seed": (0, 2**62),
+    "label_smoothing": (0, 1), "target_macs": (0, 1), "checkpoint_s": (0, math.inf),
+    "devices": (1, 1024), "num_nodes": (1, 65536), "delta_max": (1, 1e9),
+    "threshold": (1e-6, 1 - 1e-6), "floor": (0, 1), "seed": (0, 2**62),
 }  # fmt: skip

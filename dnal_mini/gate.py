@@ -280,18 +280,23 @@ def delta_schedule(epochs: int, form: Objective = "paper", delta_max: float = 1e
     return [delta_max ** (i / (epochs - 1)) for i in range(epochs)]
 
 
-def open_gates(net: nn.Module, objective: Objective = "paper") -> Tensor:
+def open_gates(
+    net: nn.Module, objective: Objective = "paper", weights: Mapping[str, float] | None = None
+) -> Tensor:
     """The number that ``gate_price`` multiplies: a scalar with gradient, summed over all gates.
 
     "paper": sum of ``sigmoid(delta * s)``; "code": sum of ``sigmoid(s)`` (delta left out, as in
-    the authors' scripts).
+    the authors' scripts). ``weights``: what a gate of each name counts for, 1 without it.
 
     Source: Guo et al. 2022, eq. 7 [guo2022dnal].
     """
-    every = [
-        gate.p if objective == "paper" else torch.sigmoid(gate.s) for gate in gates(net).values()
-    ]
-    return torch.cat(every).sum()
+    every = {
+        name: gate.p if objective == "paper" else torch.sigmoid(gate.s)
+        for name, gate in gates(net).items()
+    }
+    if weights:
+        every = {name: p * weights[name] for name, p in every.items()}
+    return torch.cat(list(every.values())).sum()
 
 
 @torch.no_grad()

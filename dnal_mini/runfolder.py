@@ -1,10 +1,18 @@
-"""The folder of a run: its config, its record and the last checkpoint of each stage.
+"""The folder of a run: its config, its record and the last checkpoints of each stage.
 
-What makes a run resumable stands here, and nothing of the method. Read ``RunFolder`` first.
+What makes a run resumable stands here, and nothing of the method. Read ``RunFolder`` first. Every
+file is whole or absent, whenever the process is killed: it is written beside its place, forced to
+the disk, and renamed; the checkpoint before the last one is kept.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
+import os
+import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -13,24 +21,27 @@ import torch
 from torch import nn
 
 from dnal_mini import runlog
-from dnal_mini.config import SearchConfig
+from dnal_mini.config import MEANS, PATHS, SearchConfig
 from dnal_mini.data import ImageSet
+from dnal_mini.train import Place
 
 Row = dict[str, Any]
 STAGES = ("weight_stage", "baseline", "arch_stage", "fine_tune")
-PATHS = ("data_dir", "weights_from")  # say where, not what: left out of records and comparisons
 AFTER_STAGE_1 = {
-    "name", "arch_epochs", "fine_tune_epochs", "fine_tune_lr", "baseline", "arch_lr", "gate_price",
-    "objective", "delta_form", "delta_max", "threshold", "freeze_classifier", "bn_mode", "floor",
-    "residual",
+    "name", "arch_epochs", "fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "baseline",
+    "arch_lr", "gate_price", "price_per", "target_macs", "objective", "delta_form", "delta_max",
+    "threshold", "freeze_classifier", "bn_mode", "floor", "residual",
 }  # fmt: skip
-BASELINE = {"arch_epochs", "fine_tune_epochs", "fine_tune_lr", "baseline"}
+BASELINE = {"arch_epochs", "fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "baseline"}
 
 
 class RunFolder:
-    """The files of one run: config, record, and the last checkpoint of each stage.
+    """The files of one run: config, record, and the last checkpoints of each stage.
 
-    Raises: ValueError if the folder holds another run, is not empty, or cannot be written.
+    A context: while it is open, the folder is locked and no other process can write to it.
+    ``writes=False`` makes one that only reads, for the further processes of a run.
+    Raises: ValueError if the folder holds another run, is not empty, is being written by another
+    process, or cannot be written.
     """
 
     def __init__(
@@ -39,81 +50,92 @@ class RunFolder:
         config: SearchConfig,
         data: ImageSet,
         on_row: Callable[[Row], None] | None = None,
+        writes: bool = True,
     ) -> None:
-        self.path, self.config, self.on_row = Path(out), config, on_row
+        self.path, self.config, self.on_row, self.writes = Path(out), config, on_row, writes
         self.record = runlog.RunLog(self.path / runlog.FILE_NAME)
+        self._lock: int | None = None
+        if not writes:
+            return
+        if not (self.path / "config.json").exists():
+            self._create(_described(config, data))
+        if finished(self.path, config) is None:
+            self._lock = _locked(self.path)
+            try:
+                self._begin(_described(config, data))
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _create(self, about: Row) -> None:
+        """Make the folder as a whole, with stage 1 of another run if asked for."""
+        config = self.config
         settings = dataclasses.asdict(config)
-        if (self.path / "config.json").exists():
-            self._check_same(settings)
-        else:
-            self._create(settings, data)
-
-    def _check_same(self, settings: Row) -> None:
-        """Refuse to go on with another config."""
-        theirs = json.loads((self.path / "config.json").read_text())
-        names = sorted(n for n in {*theirs, *settings} if theirs.get(n) != settings.get(n))
-        names = [name for name in names if name not in PATHS]
-        if names:
-            n = names[0]
-            raise ValueError(
-                f"got {self.path}, which holds a run with {n}={theirs.get(n)!r}, "
-                f"not {settings.get(n)!r}; need the same settings, or another folder (--out)"
-            )
-        if not self.result:
-            self.write("resume", **runlog.describe_run(self.config.device))
-
-    def _create(self, settings: Row, data: ImageSet) -> None:
-        """Make the folder, take over stage 1 if asked to, and begin the record."""
-        source = Path(self.config.weights_from)
-        taken = self._stages_of(source, settings) if self.config.weights_from else []
+        source = Path(config.weights_from)
+        taken = _stages_of(source, config) if config.weights_from else []
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if any(self.path.iterdir()):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and any(self.path.iterdir()):
                 raise ValueError(f"got {self.path}, which is not empty; need a new folder (--out)")
-            self._replace("config.json", json.dumps(settings, indent=1).encode())
+            part = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
+            try:
+                record = runlog.RunLog(part / runlog.FILE_NAME)
+                record.append("run", **about)
+                if taken:
+                    _take_over(source, part, record, taken)
+                write_whole(part / "config.json", json.dumps(settings, indent=1).encode())
+                part.chmod(0o777 & ~_umask())
+                part.rename(self.path)  # onto nothing or an empty folder: else OSError
+            finally:
+                shutil.rmtree(part, ignore_errors=True)
         except OSError as error:
             raise ValueError(
                 f"got {self.path}, which cannot be written ({error.strerror}); need another --out"
             ) from error
-        public = {n: Path(v).name if n in PATHS and v else v for n, v in settings.items()}
-        images = {"name": data.name, "train": len(data.train), "val": len(data.val)}
-        about = runlog.describe_run(self.config.device)
-        self.write("run", format=runlog.FORMAT, config=public, data=images, **about)
-        if taken:
-            (origin, *_) = runlog.read(source / runlog.FILE_NAME)
-            made = {key: origin[key] for key in ("commit", "versions", "device", "created")}
-            self.write("taken_over", stages=taken, source=source.name, **made)
-        for stage in taken:
-            self._replace(f"{stage}.pt", (source / f"{stage}.pt").read_bytes())
-            for row in runlog.epochs(source / runlog.FILE_NAME):
-                if row["stage"] == stage:
-                    self.write(**row, taken_over=True)
+        self._is_new = True
 
-    def _stages_of(self, source: Path, settings: Row) -> list[str]:
-        """Finished stages of another run that this run would repeat exactly."""
-        try:
-            theirs = json.loads((source / "config.json").read_text())
-            done = {s: _load(source / f"{s}.pt")["epoch"] for s in STAGES[:2]}
-        except (OSError, ValueError) as error:
-            raise ValueError(f"got weights_from {source} ({error}); need a run's folder") from error
-        differ = {n for n in settings if settings[n] != theirs.get(n)} - {*PATHS}
-        if differ - AFTER_STAGE_1 or done["weight_stage"] != self.config.weight_epochs:
-            why = ", ".join(sorted(differ - AFTER_STAGE_1)) or "it is not finished"
-            raise ValueError(f"got weights_from {source} with another stage 1: {why}; train anew")
-        whole = done["baseline"] == self.config.epochs("baseline") and not differ & BASELINE
-        return ["weight_stage", "baseline"] if whole else ["weight_stage"]
+    _is_new = False
+
+    def _begin(self, about: Row) -> None:
+        """Note that the run goes on; a record that lost its first line gets it back."""
+        rows = self._rows()
+        if self._is_new:
+            for row in rows:
+                self._show(row)
+        elif not rows:
+            self.write("run", **about)
+        else:
+            self.write("resume", **runlog.describe_run(self.config.device))
 
     def write(self, kind: str, **fields: Any) -> Row:
         """Append a row to the record and show it to ``on_row``."""
+        if not self.writes:
+            return {"kind": kind} | fields
         row = self.record.append(kind, **fields)
-        if self.on_row:
-            self.on_row(row)
+        self._show(row)
         return row
 
+    def _show(self, row: Row) -> None:
+        if self.on_row:
+            self.on_row(row)
+
     def log(self, rows: Iterable[Row]) -> None:
-        """Write every row of a stage, as it comes."""
+        """Write every row of a stage as it comes, unless the record has it from an earlier time."""
         for row in rows:
-            self.write(**row)
+            if self.writes and _key(row) not in map(_key, self._rows()):
+                self.write(**row)
 
     def has(self, kind: str) -> bool:
         """True if the record holds a row of a kind."""
@@ -124,6 +146,15 @@ class RunFolder:
         """The result row, None if the run is not finished."""
         return next((row for row in self._rows() if row["kind"] == "result"), None)
 
+    @property
+    def last(self) -> Row:
+        """The last row of the record."""
+        return self._rows()[-1]
+
+    def rows(self, kind: str) -> list[Row]:
+        """All rows of a kind."""
+        return [row for row in self._rows() if row["kind"] == kind]
+
     def _rows(self) -> list[Row]:
         return runlog.read(self.record.path) if self.record.path.exists() else []
 
@@ -131,40 +162,213 @@ class RunFolder:
         """Seconds per stage, added up over its epochs."""
         totals = dict.fromkeys(STAGES, 0.0)
         for row in runlog.epochs(self.record.path):
-            totals[row["stage"]] += row["seconds"]
+            totals[row["stage"]] = totals.get(row["stage"], 0.0) + row["seconds"]
         return totals
 
-    def checkpoint(
-        self, stage: str, epoch: int, net: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> None:
-        """Write the state of a stage; the old one is there until the new one is whole."""
-        last = epoch == self.config.epochs(stage)
-        state = {"stage": stage, "epoch": epoch, "net": net.state_dict()}
-        state["optimizer"] = None if last else optimizer.state_dict()
-        part = self.path / f"{stage}.pt.part"
-        torch.save(state, part)
-        part.replace(self.path / f"{stage}.pt")
+    # checkpoints
 
-    def restore(self, stage: str, net: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-        """Load the last checkpoint of a stage, if there is one; returns its epoch, else 0."""
+    def checkpoint(
+        self,
+        stage: str,
+        epoch: int,
+        net: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rows: list[Row] | None = None,
+        place: Place | None = None,
+        is_last: bool = False,
+    ) -> None:
+        """Write the state of a stage after ``epoch`` whole epochs, and ``place`` inside the next.
+
+        ``rows``: what the record says of the last epoch; should the record lack them after a
+        crash, they are written from here. The checkpoint before this one is kept.
+        """
+        if not self.writes:
+            return
+        about = {k: v for k, v in (rows or [{}])[0].items() if k in ("delta", "gate_price", "lr")}
+        state = {
+            **about,
+            "stage": stage,
+            "epoch": epoch,
+            "step": place.step if place else 0,
+            "schedule": {k: v for k, v in vars(self.config).items() if k.endswith("_schedule")},
+            "net": net.state_dict(),
+            "optimizer": None if is_last else optimizer.state_dict(),
+            "place": vars(place) if place else None,
+            "rows": json.dumps(runlog.plain(rows or [])),
+        }
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
         path = self.path / f"{stage}.pt"
-        if not path.exists():
-            return 0
-        state = _load(path, next(net.parameters()).device)
+        try:
+            write_whole(path, buffer.getbuffer(), keep=self.path / f"{stage}.before.pt")
+        except OSError as error:
+            raise ValueError(
+                f"got {error.strerror} for {path} ({buffer.tell()} bytes); need room for it; do "
+                f"free some and resume: nothing is lost up to the checkpoint before"
+            ) from error
+
+    def restore(
+        self, stage: str, net: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[int, Place | None, list[Row]]:
+        """Load the last whole checkpoint of a stage.
+
+        Returns its whole epochs (0 if there is none), the place inside the next one, and the rows
+        of its last epoch.
+        """
+        state = self._last_state(stage, next(net.parameters()).device)
+        if state is None:
+            return 0, None, []
         try:
             net.load_state_dict(state["net"])
         except RuntimeError as error:
             raise ValueError(
-                f"got {path} of another network; need this run's; remove it"
+                f"got {self.path / stage}.pt of another network; need this run's; remove it"
             ) from error
         if state["optimizer"]:
             optimizer.load_state_dict(state["optimizer"])
-        return int(state["epoch"])
+        place = Place(**state["place"]) if state.get("place") else None
+        return int(state["epoch"]), place, json.loads(state.get("rows", "[]"))
 
-    def _replace(self, name: str, content: bytes) -> None:
-        part = self.path / f"{name}.part"
-        part.write_bytes(content)
-        part.replace(self.path / name)
+    def forget(self, stage: str) -> None:
+        """Remove the checkpoints of a stage that nobody will need again."""
+        if self.writes:
+            for name in (f"{stage}.pt", f"{stage}.before.pt"):
+                (self.path / name).unlink(missing_ok=True)
+
+    def _last_state(self, stage: str, device: torch.device) -> Row | None:
+        """The newest checkpoint of a stage that can be read; a damaged one is told."""
+        paths = [self.path / f"{stage}.pt", self.path / f"{stage}.before.pt"]
+        paths = [path for path in paths if path.exists()]
+        for path in paths:
+            try:
+                return _load(path, device)
+            except ValueError as error:
+                if path == paths[-1]:
+                    raise
+                told = str(error).partition(";")[0]
+                warnings.warn(f"{told}; went on from the one before", stacklevel=2)
+        return None
+
+
+def finished(out: str | Path, config: SearchConfig) -> Row | None:
+    """The result of the run in a folder; None if it has none, or there is no run.
+
+    Raises: ValueError if the folder holds a run with other settings. A setting that is newer than
+    the run counts as its default there.
+    """
+    path = Path(out)
+    if not (path / "config.json").exists():
+        return None
+    differ = _differ(path, dataclasses.asdict(config))
+    if differ:
+        n, (theirs, ours) = min(differ.items())
+        raise ValueError(
+            f"got {path}, which holds a run with {n}={theirs!r}, "
+            f"not {ours!r}; need the same settings, or another folder (--out)"
+        )
+    record = path / runlog.FILE_NAME
+    rows = runlog.read(record) if record.exists() else []
+    return next((row for row in rows if row["kind"] == "result"), None)
+
+
+def write_whole(path: Path, content: bytes | memoryview, keep: Path | None = None) -> None:
+    """Write a file so that it is whole or as before, whatever happens; ``keep``: its old self."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
+    if keep and path.exists():
+        keep.unlink(missing_ok=True)
+        try:
+            os.link(path, keep)  # so that ``path`` itself is never absent
+        except OSError:  # a file system without hard links
+            shutil.copyfile(path, keep)
+    part.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _key(row: Row) -> tuple:
+    """What makes a row the same as one that a resumed run yields again."""
+    return row["kind"], row.get("stage"), row.get("epoch"), row.get("text"), row.get("price_asked")
+
+
+def _described(config: SearchConfig, data: ImageSet) -> Row:
+    """The first row of a record: settings without paths, images, versions, device."""
+    settings = dataclasses.asdict(config)
+    public = {n: Path(v).name if n in PATHS and v else v for n, v in settings.items()}
+    images = {"name": data.name, "train": len(data.train), "val": len(data.val)}
+    about = runlog.describe_run(config.device)
+    return {"format": runlog.FORMAT, "config": public, "data": images, **about}
+
+
+def _differ(folder: Path, settings: Row) -> dict[str, tuple[Any, Any]]:
+    """Settings of the run in ``folder`` that differ, by name: (theirs, ours); no means."""
+    theirs = {field.name: field.default for field in dataclasses.fields(SearchConfig)}
+    theirs |= json.loads((folder / "config.json").read_text())
+    names = {*theirs, *settings} - {*MEANS}
+    pairs = {name: (theirs.get(name), settings.get(name)) for name in names}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
+def _stages_of(source: Path, config: SearchConfig) -> list[str]:
+    """Finished stages of another run that this run would repeat exactly."""
+    try:
+        differ = set(_differ(source, dataclasses.asdict(config)))
+        files = [source / f"{stage}.pt" for stage in STAGES[:2]]
+        done = [_load(path)["epoch"] if path.exists() else 0 for path in files]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"got weights_from {source} ({error}); need a run's folder") from error
+    if differ - AFTER_STAGE_1 or done[0] != config.weight_epochs:
+        why = ", ".join(sorted(differ - AFTER_STAGE_1)) or "it is not finished"
+        raise ValueError(f"got weights_from {source} with another stage 1: {why}; train anew")
+    whole = done[1] == config.epochs("baseline") and not differ & BASELINE
+    return ["weight_stage", "baseline"] if whole else ["weight_stage"]
+
+
+def _take_over(source: Path, part: Path, record: runlog.RunLog, taken: list[str]) -> None:
+    """Copy finished stages of another run, and what its record says of them."""
+    (origin, *_) = runlog.read(source / runlog.FILE_NAME)
+    made = {key: origin[key] for key in ("commit", "versions", "device", "created")}
+    record.append("taken_over", stages=taken, source=source.name, **made)
+    for stage in taken:
+        write_whole(part / f"{stage}.pt", (source / f"{stage}.pt").read_bytes())
+        for row in runlog.epochs(source / runlog.FILE_NAME):
+            if row["stage"] == stage:
+                record.append(**row | {"taken_over": True})
+
+
+def _locked(folder: Path) -> int | None:
+    """An open file that locks the folder for this process, until it ends, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        return None
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise ValueError(
+            f"got {folder}, which another process is writing; need one at a time; "
+            "do wait for it, or choose another folder (--out)"
+        ) from error
+    return lock
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -1,26 +1,37 @@
-"""Training and evaluation: one visible loop, used by every stage.
+"""Training and evaluation: one visible loop, used by every stage, on one device or many.
 
 ``fit`` is the loop. It yields one row per epoch and prints nothing; what is trained is decided
 outside, by ``only_training`` and by the optimiser it is given. The data set lives on the device as
-one uint8 tensor, and nothing inside an epoch waits for the device.
+one uint8 tensor, and nothing inside an epoch waits for the device. Many processes share each batch
+(Lightning Fabric, which only this file knows): the run with N of them is the run with one, up to
+rounding.
 """
 
 import contextlib
 import math
+import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_mini.data import ImageSet, Split, augment, normalise
+from dnal_mini.schedules import Schedule
+from dnal_mini.syncnorm import synced_norms
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Progress = Callable[[Iterable, str], Iterable]
+ASK_EVERY = 8  # steps between two agreements of many processes on stopping
 
 
 @contextmanager
@@ -59,19 +70,29 @@ def pick_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
+def seed_of(*words: object) -> int:
+    """A seed that depends on the words only: a resumed epoch draws the same."""
+    return zlib.crc32("/".join(map(str, words)).encode())
+
+
 def seeded(*words: object) -> torch.Generator:
-    """A CPU generator whose seed depends on the words only: a resumed epoch draws the same."""
-    return torch.Generator().manual_seed(zlib.crc32("/".join(map(str, words)).encode()))
+    """A CPU generator whose seed depends on the words only."""
+    return torch.Generator().manual_seed(seed_of(*words))
 
 
-def constant(lr: float) -> Callable[[float], float]:
-    """Learning rate as a function of the share of the stage that is done, in [0, 1)."""
-    return lambda done: lr
+# --- the loop --------------------------------------------------------------------------------
 
 
-def cosine(lr: float) -> Callable[[float], float]:
-    """From ``lr`` down to 0 along half a cosine."""
-    return lambda done: lr * (1 + math.cos(math.pi * done)) / 2
+@dataclass
+class Place:
+    """Where an epoch stands: what it takes to go on as if nothing had happened."""
+
+    epoch: int
+    step: int  # steps of this epoch that are done
+    seconds: float  # spent in this epoch so far
+    trace: Tensor  # (steps, 3): loss, price and share correct, of this process
+    draws: Tensor  # state of the generator of order, crops and flips
+    random: list[list[Tensor]]  # states of torch's own generators, of each process
 
 
 def as_input(images: Tensor, data: ImageSet, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -85,81 +106,188 @@ def fit(
     data: ImageSet,
     optimizer: torch.optim.Optimizer,
     epochs: int,
-    lr: Callable[[float], float],
+    lr: Schedule,
     *,
     first_epoch: int = 1,
+    place: Place | None = None,
     batch: int = 128,
     seed: object = 0,
     augmented: Callable[[Tensor, torch.Generator], Tensor] | None = augment,
     reset_momentum: bool = False,
     bn_mode: Literal["batch", "running"] = "batch",
+    label_smoothing: float = 0.0,
     before_epoch: Callable[[int], None] | None = None,
     price: Callable[[], Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
+    compiled: bool = False,
+    fabric: "Fabric | None" = None,
     progress: Progress | None = None,
+    keep: Callable[[Place], None] | None = None,
+    keep_every_s: float = math.inf,
+    stopping: Callable[[], bool] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Train for epochs ``first_epoch..epochs`` and yield a row of numbers after each.
 
     ``lr`` maps the share of the stage that is done to a learning rate, per step. ``price`` is
     added to the mean cross-entropy of each batch. ``augmented`` changes each batch of uint8 images.
-    ``reset_momentum`` empties the optimiser's
-    buffers before every epoch, as the authors' scripts do by making a new optimiser.
-    Order of images, crops and flips depend on ``seed`` and the epoch only. The last, incomplete
-    batch of an epoch is left out.
+    ``reset_momentum`` empties the optimiser's buffers before every epoch, as the authors' scripts
+    do by making a new optimiser. Order of images, crops, flips and dropout depend on ``seed`` and
+    the epoch only. The last, incomplete batch of an epoch is left out. ``compiled``: the training
+    step goes through torch.compile.
+
+    Inside an epoch ``keep(place)`` is called every ``keep_every_s`` seconds and when ``stopping()``
+    says so, then KeyboardInterrupt is raised; ``place`` takes such an epoch up again. ``fabric``
+    (from ``start_processes``): each process takes its part of every batch, BatchNorm takes its
+    statistics over all of them.
 
     Row: epoch, epochs, loss (cross-entropy, nats), price (nats), train_accuracy, val_accuracy,
     lr (of the last step), seconds, images_per_s (of the training part).
-    Raises: ValueError if a batch is larger than the training set; FloatingPointError if the loss
-    is not finite.
+    Raises: ValueError if a batch is larger than the training set or cannot be shared evenly;
+    FloatingPointError, with what was not finite, if the loss is not.
     """
-    steps = len(data.train) // batch
-    if steps < 1:
-        raise ValueError(f"got batch {batch}; need at most the {len(data.train)} training images")
-    for epoch in range(first_epoch, epochs + 1):
-        start = time.perf_counter()
-        if before_epoch:
-            before_epoch(epoch)
-        if reset_momentum:
-            optimizer.state.clear()
-        net.train()
-        if bn_mode == "running":
-            _norms_to_eval(net)
-        draw = seeded(seed, epoch)
-        order = torch.randperm(len(data.train), generator=draw)[: steps * batch]
-        order = order.to(data.train.images.device).view(steps, batch)
-        sums = torch.zeros(3, device=data.train.images.device)  # loss, price, correct
-        label = f"epoch {epoch}/{epochs}"
-        for step in progress(range(steps), label) if progress else range(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = lr((epoch - 1 + step / steps) / epochs)
-            images, labels = data.train.images[order[step]], data.train.labels[order[step]]
-            images = augmented(images, draw) if augmented else images
-            sums += _step(
-                net, as_input(images, data, dtype, channels_last), labels, optimizer, price, dtype
-            )
-        loss, paid, correct = (sums / steps).tolist()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"got loss {loss} in epoch {epoch}; lower the learning rate")
-        train_s = time.perf_counter() - start
-        accuracy = evaluate(net, data.val, data, dtype=dtype, channels_last=channels_last)
-        yield {
-            "epoch": epoch,
-            "epochs": epochs,
-            "loss": loss,
-            "price": paid,
-            "train_accuracy": correct / batch,
-            "val_accuracy": accuracy,
-            "lr": optimizer.param_groups[0]["lr"],
-            "seconds": time.perf_counter() - start,
-            "images_per_s": steps * batch / train_s,
-        }
+    steps = _steps(len(data.train), batch, fabric)
+    numerics: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
+    with _wrapped(net, optimizer, compiled, fabric) as (model, stepper):
+        loop = _Loop(
+            model, data, stepper, lr, epochs, steps, batch, seed, augmented, price,
+            label_smoothing, dtype, channels_last, fabric, progress, keep, keep_every_s, stopping,
+        )  # fmt: skip
+        for epoch in range(first_epoch, epochs + 1):
+            begin = place if place and place.epoch == epoch else None
+            start = time.perf_counter() - (begin.seconds if begin else 0)
+            if before_epoch:
+                before_epoch(epoch)
+            if reset_momentum and not begin:
+                optimizer.state.clear()
+            net.train()
+            if bn_mode == "running":
+                _norms_to_eval(net)
+            trace = loop.train(epoch, begin, start)
+            rate = optimizer.param_groups[0]["lr"]
+            _check_finite(net, trace, epoch, rate)
+            loss, paid, correct = _mean_over_processes(trace.mean(0), fabric).tolist()
+            train_s = time.perf_counter() - start
+            accuracy = evaluate(net, data.val, data, fabric=fabric, **numerics)
+            yield {
+                "epoch": epoch,
+                "epochs": epochs,
+                "loss": loss,
+                "price": paid,
+                "train_accuracy": correct,
+                "val_accuracy": accuracy,
+                "lr": rate,
+                "seconds": time.perf_counter() - start,
+                "images_per_s": steps * batch / train_s,
+            }
+
+
+@dataclass
+class _Loop:
+    """The steps of one epoch, and what they need; see ``fit``."""
+
+    model: nn.Module
+    data: ImageSet
+    optimizer: torch.optim.Optimizer
+    lr: Schedule
+    epochs: int
+    steps: int
+    batch: int
+    seed: object
+    augmented: Callable[[Tensor, torch.Generator], Tensor] | None
+    price: Callable[[], Tensor] | None
+    label_smoothing: float
+    dtype: torch.dtype
+    channels_last: bool
+    fabric: "Fabric | None"
+    progress: Progress | None
+    keep: Callable[[Place], None] | None
+    keep_every_s: float
+    stopping: Callable[[], bool] | None
+
+    def train(self, epoch: int, begin: Place | None, start: float) -> Tensor:
+        """One epoch, or the rest of it from ``begin`` on; returns the trace of this process."""
+        train, device = self.data.train, self.data.train.images.device
+        exact = torch.float64 if self.dtype is torch.float64 else torch.float32
+        trace = torch.zeros(self.steps, 3, dtype=exact)
+        trace = (begin.trace if begin else trace).to(device)
+        todo: Iterable = range(begin.step if begin else 0, self.steps)
+        if self.progress:
+            todo = self.progress(todo, f"epoch {epoch}/{self.epochs}")
+        kept_at = time.perf_counter()
+        with _own_randomness(device, self.seed, epoch, self.fabric, begin) as draw:
+            order = torch.randperm(len(train), generator=draw)[: self.steps * self.batch]
+            order = order.to(device).view(self.steps, self.batch)
+            if begin:
+                draw.set_state(begin.draws.cpu())
+            for step in todo:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.lr((epoch - 1 + step / self.steps) / self.epochs)
+                images, labels = train.images[order[step]], train.labels[order[step]]
+                images = self.augmented(images, draw) if self.augmented else images
+                mine = _share(self.batch, self.fabric)
+                trace[step] = self.step(images[mine], labels[mine])
+                if self.keep and step + 1 < self.steps:
+                    stop = _agreed(self.stopping, step, self.fabric)
+                    late = not self.fabric and time.perf_counter() > kept_at + self.keep_every_s
+                    if (stop or late) and bool(trace.isfinite().all()):
+                        spent, states = time.perf_counter() - start, _generator_states(self.fabric)
+                        self.keep(
+                            Place(epoch, step + 1, spent, trace.cpu(), draw.get_state(), states)
+                        )
+                        kept_at = time.perf_counter()
+                    if stop:
+                        raise KeyboardInterrupt(f"stopped in epoch {epoch} after step {step + 1}")
+        return trace
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One step of gradient descent; returns (loss, price, share correct) on the device."""
+        x = as_input(images, self.data, self.dtype, self.channels_last)
+        with autocast(x.device, self.dtype):
+            logits = self.model(x)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        paid = self.price() if self.price else torch.zeros_like(loss)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = loss + paid
+        total.backward() if self.fabric is None else self.fabric.backward(total)
+        self.optimizer.step()
+        correct = (logits.detach().argmax(1) == labels).to(loss.dtype).mean()
+        return torch.stack([loss.detach(), paid.detach(), correct])
+
+
+def _steps(images: int, batch: int, fabric: "Fabric | None") -> int:
+    """Steps of an epoch; refuses a batch that is too large or that cannot be shared evenly."""
+    processes = fabric.world_size if fabric else 1
+    if batch > images:
+        raise ValueError(f"got batch {batch}; need at most the {images} training images")
+    if batch % processes:
+        raise ValueError(
+            f"got batch {batch} for {processes} processes; need a multiple; do change one of them"
+        )
+    return images // batch
+
+
+def _check_finite(net: nn.Module, trace: Tensor, epoch: int, rate: float) -> None:
+    """Raise a diagnosis if the loss or the price of a step was not finite."""
+    wrong = (~trace.isfinite().all(1)).nonzero().flatten()
+    if len(wrong) == 0:
+        return
+    step = int(wrong[0])
+    before = f"{float(trace[step - 1, 0]):.3g}" if step else "nothing"
+    names = [n for n, p in net.named_parameters() if not bool(p.isfinite().all())]
+    where = f"{names[0]} and {len(names) - 1} more" if names else "no parameter"
+    raise FloatingPointError(
+        f"got loss {float(trace[step, 0])}, price {float(trace[step, 1])} in epoch {epoch}, "
+        f"step {step + 1} (loss before it: {before}; learning rate {rate:g}; not finite now: "
+        f"{where}); need finite numbers; do lower the learning rate"
+    )
 
 
 def _norms_to_eval(net: nn.Module) -> None:
     """Let every BatchNorm use its running statistics."""
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, _BatchNorm):
             module.eval()
 
 
@@ -168,26 +296,6 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     if dtype in (torch.float32, torch.float64):
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
-
-
-def _step(
-    net: nn.Module,
-    x: Tensor,
-    labels: Tensor,
-    optimizer: torch.optim.Optimizer,
-    price: Callable[[], Tensor] | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """One step of gradient descent; returns (loss, price, number correct) on the device."""
-    with autocast(x.device, dtype):
-        logits = net(x).float()
-    loss = F.cross_entropy(logits, labels)
-    paid = price() if price else torch.zeros_like(loss)
-    optimizer.zero_grad(set_to_none=True)
-    (loss + paid).backward()
-    optimizer.step()
-    correct = (logits.detach().argmax(1) == labels).sum()
-    return torch.stack([loss.detach(), paid.detach(), correct.to(loss.dtype)])
 
 
 @torch.inference_mode()
@@ -199,16 +307,149 @@ def evaluate(
     batch: int = 500,
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
+    fabric: "Fabric | None" = None,
 ) -> float:
-    """Accuracy in [0, 1] over every image of a split, in eval mode; the mode is put back after."""
+    """Accuracy in [0, 1] over every image of a split, in eval mode; the mode is put back after.
+
+    Many processes take whole batches in turns, so that each image counts once and each batch is
+    computed as by one process.
+    """
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
+    rank, processes = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
     correct = torch.zeros((), dtype=torch.long, device=split.images.device)
-    for start in range(0, len(split), batch):
+    for start in range(rank * batch, len(split), processes * batch):
         images, labels = split.images[start : start + batch], split.labels[start : start + batch]
         with autocast(images.device, dtype):
             logits = net(as_input(images, data, dtype, channels_last))
         correct += (logits.argmax(1) == labels).sum()
     for module, mode in modes:
         module.training = mode
+    if fabric:
+        distributed.all_reduce(correct)
     return int(correct) / len(split)
+
+
+# --- many processes --------------------------------------------------------------------------
+
+
+def start_processes(
+    device: torch.device, devices: int = 1, num_nodes: int = 1, strategy: str = "ddp"
+) -> "Fabric | None":
+    """Lightning Fabric with its processes started; None where one process is all there is.
+
+    Under torchrun the numbers are torchrun's; under SLURM (srun) or alone, those given. Alone,
+    Fabric starts the command that is running once more for each further process.
+
+    Raises: ValueError if lightning-fabric is not installed, or the devices are not there.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
+    if devices * num_nodes == 1:
+        return None
+    if device.type == "cuda" and devices > torch.cuda.device_count():
+        raise ValueError(f"got devices {devices}; need at most {torch.cuda.device_count()} here")
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as error:
+        raise ValueError(
+            f"got devices {devices} without Lightning Fabric; need it; "
+            "do pip install 'dnal-mini[devices]'"
+        ) from error
+    fabric = Fabric(
+        accelerator=device.type, devices=devices, num_nodes=num_nodes, strategy=strategy
+    )
+    fabric.launch()
+    return fabric
+
+
+def from_first(fabric: "Fabric | None", make: Callable[[], Any]) -> Any:
+    """What ``make()`` gives in the first process, in all of them; a ValueError too."""
+    if fabric is None:
+        return make()
+    answer: Any = None
+    if fabric.global_rank == 0:
+        try:
+            answer = ("value", make())
+        except ValueError as error:
+            answer = ("error", str(error))
+    kind, value = fabric.broadcast(answer)
+    if kind == "error":
+        raise ValueError(value)
+    return value
+
+
+@contextmanager
+def _wrapped(
+    net: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool, fabric: "Fabric | None"
+) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
+    """Net and optimiser as the steps of one stage call them: compiled, shared by all processes."""
+    model: Any = torch.compile(net) if compiled else net
+    if fabric is None:
+        yield model, optimizer
+        return
+    with synced_norms(net):
+        yield fabric.setup(model, optimizer)
+
+
+def _share(batch: int, fabric: "Fabric | None") -> slice:
+    """The part of a batch that this process takes."""
+    if fabric is None:
+        return slice(None)
+    size = batch // fabric.world_size
+    return slice(fabric.global_rank * size, (fabric.global_rank + 1) * size)
+
+
+def _mean_over_processes(values: Tensor, fabric: "Fabric | None") -> Tensor:
+    if fabric:
+        distributed.all_reduce(values)
+        values = values / fabric.world_size
+    return values
+
+
+def _agreed(stopping: Callable[[], bool] | None, step: int, fabric: "Fabric | None") -> bool:
+    """True once any process wants to stop; many processes ask each other every few steps."""
+    if stopping is None:
+        return False
+    if fabric is None:
+        return stopping()
+    if (step + 1) % ASK_EVERY:
+        return False
+    flag = torch.tensor(float(stopping()), device=fabric.device)
+    distributed.all_reduce(flag)
+    return bool(flag)
+
+
+# --- randomness ------------------------------------------------------------------------------
+
+
+@contextmanager
+def _own_randomness(
+    device: torch.device, seed: object, epoch: int, fabric: "Fabric | None", begin: Place | None
+) -> Iterator[torch.Generator]:
+    """A generator for the images, and torch's own seeded for dropout; put back afterwards."""
+    rank = fabric.global_rank if fabric else 0
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_of(seed, epoch, "layers", rank))
+        if begin and rank < len(begin.random):
+            _set_generators(begin.random[rank], device)
+        yield seeded(seed, epoch)
+
+
+def _generator_states(fabric: "Fabric | None") -> list[list[Tensor]]:
+    """States of torch's own generators, CPU's and device's, of each process."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    if fabric is None:
+        return [states]
+    every: list[Any] = [None] * fabric.world_size
+    distributed.all_gather_object(every, states)
+    return every
+
+
+def _set_generators(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0].cpu())
+    if device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1].cpu(), device)

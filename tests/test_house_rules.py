@@ -18,14 +18,19 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dnal_mini"
 ROWS = [
     {"gate", "cost", "data", "imagecache", "runlog", "channelmap", "shadow"},
+    {"schedules", "syncnorm", "budget"},
     {"models", "deploy", "compare", "operations", "graphs", "facts"},
     {"rules", "dropgates", "functional"},
     {"channels", "walk", "surgery"},
     {"keeps", "plan"},
     {"prune", "train"},
     {"netfile"},
-    {"peers", "config", "runfolder", "search"},
+    {"config"},
+    {"runfolder"},
+    {"stages"},
+    {"peers", "search"},
     {"recipes"},
+    {"sweep"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}

@@ -13,17 +13,8 @@ from dnal_mini.gate import add_gates, gates, set_gates
 from dnal_mini.models import MODELS
 from dnal_mini.netfile import load
 from dnal_mini.prune import prune
-from dnal_mini.search import (
-    SearchConfig,
-    arch_stage,
-    build,
-    collapse_floors,
-    fine_tune,
-    keep_alive,
-    load_data,
-    run,
-    weight_stage,
-)
+from dnal_mini.search import SearchConfig, build, load_data, run
+from dnal_mini.stages import arch_stage, collapse_floors, fine_tune, keep_alive, weight_stage
 
 CONFIG = SearchConfig(
     name="toy",

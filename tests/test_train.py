@@ -8,9 +8,8 @@ from torch import nn
 
 from dnal_mini.data import Split, toy_images
 from dnal_mini.gate import add_gates, arch_parameters
+from dnal_mini.schedules import constant, cosine
 from dnal_mini.train import (
-    constant,
-    cosine,
     evaluate,
     fit,
     only_training,
