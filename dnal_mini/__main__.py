@@ -157,7 +157,8 @@ def _sweep(words: list[str]) -> None:
     prices, targets = take_all(rest, "--gate-price"), take_all(rest, "--target-macs")
     if (prices is None) == (targets is None):
         got = "no price" if prices is None else "prices and targets"
-        raise ValueError(f"got {got}; need --gate-price P1 P2 ..., or --target-macs M1 M2 ...")
+        need = "--gate-price P1 P2 ..., or --target-macs M1 M2 ..."
+        raise ValueError(f"got {got}; need {need}; do name what the runs differ in")
     field: sweep.Field = "gate_price" if targets is None else "target_macs"
     values = [typed(field, text, float) for text in prices or targets or ()]
     seeds = take_all(rest, "--seed")
@@ -343,13 +344,15 @@ def _dense(folder: Path, small: "Pruned") -> "nn.Module":
 def _search(config: "SearchConfig", out: Path) -> None:
     """Run or resume in ``out`` with a live display, then print the final table."""
     from dnal_mini import search
+    from dnal_mini.train import is_first_process
 
     display = Display(sys.stderr, f"{config.name}: the run is kept in {out}")
     try:
         search.run(config, out, progress=display.progress, on_row=display.show)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_continue(out)) from None
-    print(runlog.final_table(out))
+    if is_first_process():
+        print(runlog.final_table(out))
 
 
 def _how_to_continue(out: Path) -> str:

@@ -281,6 +281,43 @@ def trade_off(table: Table, ax: "Axes", *, title: str) -> "Axes":
     return _finish(ax, title, "MACs for one image", "test accuracy")
 
 
+def kept_accuracy(table: Table, ax: "Axes", *, title: str) -> "Axes":
+    """Tuned accuracy over the share of MACs kept: runs as points, a line through their means.
+
+    Table: ``method``, ``setting``, ``seed``, ``macs_kept``, ``accuracy``, ``dense_accuracy``, one
+    row per run. The line of a method joins the means of its settings; its dense network is a
+    dashed line with a band of one sample standard deviation over seeds. The axis of MACs is
+    logarithmic where shares differ by more than a factor of 10.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    names = ("method", "setting", "seed", "macs_kept", "accuracy", "dense_accuracy")
+    frame = _frame(table, *names)
+    inks = (BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY)
+    for k, (method, runs) in enumerate(frame.groupby("method", sort=False)):
+        ink = inks[k % len(inks)]
+        look: dict[str, Any] = {"color": ink, "marker": MARKERS[k % len(MARKERS)]}
+        dense = runs.drop_duplicates("seed")["dense_accuracy"]
+        middle, around = dense.mean(), dense.std() if len(dense) > 1 else 0.0
+        ax.axhspan(middle - around, middle + around, color=ink, alpha=0.18, lw=0)
+        ax.axhline(middle, color=ink, ls="--", lw=1.2, label=f"{method}, dense")
+        ax.plot(runs["macs_kept"], runs["accuracy"], ls="", ms=4, alpha=0.55, mew=0, **look)
+        settings = runs.groupby("setting")
+        fewest, most = settings.size().min(), settings.size().max()
+        count = str(most) if fewest == most else f"{fewest} to {most}"
+        look |= {"label": f"{method}, mean of {count} seeds" if most > 1 else str(method)}
+        means = settings[["macs_kept", "accuracy"]].mean().sort_values("macs_kept")
+        ax.plot(means["macs_kept"], means["accuracy"], lw=1.2, ms=7, mfc="none", **look)
+    if frame["macs_kept"].max() > 10 * frame["macs_kept"].min():
+        ax.set_xscale("log")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+    _percent(ax.xaxis)
+    _percent(ax.yaxis)
+    ax.legend(loc="lower right")
+    return _finish(ax, title, "MACs kept of the dense network's", "test accuracy")
+
+
 def points(
     table: Table, ax: "Axes", by: str, y: str, *, title: str, y_label: str, log: bool = False
 ) -> "Axes":

@@ -62,6 +62,23 @@ def take(words: list[str], flag: str) -> str | None:
     return None
 
 
+def take_all(words: list[str], flag: str) -> list[str] | None:
+    """The texts of ``--flag A B ...``, taken out of the words; None if the flag is not there."""
+    found: list[str] | None = None
+    at = 0
+    while at < len(words):
+        name, equals, text = words[at].partition("=")
+        if name.replace("_", "-") != flag:
+            at += 1
+            continue
+        end = at + 1
+        while not equals and end < len(words) and not words[end].startswith("--"):
+            end += 1
+        found = [*(found or []), *([text] if equals else words[at + 1 : end])]
+        del words[at:end]
+    return found
+
+
 def paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[list[Path], set[str]]:
     """Folders and files, and which of the command's switches are among the words."""
     paths = [Path(word) for word in words if not word.startswith("-")]
@@ -69,7 +86,7 @@ def paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[lis
     return paths, {known(flag, switches, "option") for flag in flags}
 
 
-def print_fields(config: "SearchConfig") -> None:
+def print_fields(config: "SearchConfig", command: str) -> None:
     """tyro's help page: every field with its value in this recipe and what it is for."""
     import tyro
 
@@ -78,7 +95,7 @@ def print_fields(config: "SearchConfig") -> None:
             type(config),
             default=config,
             args=["--help"],
-            prog="dnal run [RECIPE] [--out DIR]",
+            prog=command,
             description=f"The recipe {config.name}, with its settings. Results go to stdout.",
             config=(tyro.conf.FlagConversionOff,),
         )
