@@ -107,7 +107,7 @@ class SearchConfig:
     """Processes on each machine, one device each; they share every batch."""
     num_nodes: int = 1
     """Machines."""
-    strategy: str = "ddp"
+    strategy: Literal["ddp"] = "ddp"
     """How Lightning Fabric shares the work."""
 
     def epochs(self, stage: str) -> int:

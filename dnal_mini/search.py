@@ -37,7 +37,15 @@ from dnal_mini.stages import (
     share_of_macs,
     weight_stage,
 )
-from dnal_mini.train import Progress, evaluate, from_first, pick_device, start_processes
+from dnal_mini.train import (
+    Progress,
+    evaluate,
+    from_first,
+    pick_device,
+    processes,
+    start_processes,
+    steps_of,
+)
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -57,8 +65,7 @@ def load_data(config: SearchConfig) -> ImageSet:
             root = config.data_dir or os.environ.get("DNAL_DATA") or "data/cifar10"
             given = bool(config.data_dir or os.environ.get("DNAL_DATA"))
             data = cifar10(root, download=not given, seed=config.seed, val=config.val)
-    if config.batch > len(data.train):
-        raise ValueError(f"got batch {config.batch}; need at most {len(data.train)} (train images)")
+    steps_of(len(data.train), config.batch, processes(config.devices, config.num_nodes))
     return _on(device, data)
 
 

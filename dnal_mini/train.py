@@ -146,7 +146,7 @@ def fit(
     Raises: ValueError if a batch is larger than the training set or cannot be shared evenly;
     FloatingPointError, with what was not finite, if the loss is not.
     """
-    steps = _steps(len(data.train), batch, fabric)
+    steps = steps_of(len(data.train), batch, fabric.world_size if fabric else 1)
     numerics: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
     with _wrapped(net, optimizer, compiled, fabric) as (model, stepper):
         loop = _Loop(
@@ -256,11 +256,10 @@ class _Loop:
         return torch.stack([loss.detach(), paid.detach(), correct])
 
 
-def _steps(images: int, batch: int, fabric: "Fabric | None") -> int:
-    """Steps of an epoch; refuses a batch that is too large or that cannot be shared evenly."""
-    processes = fabric.world_size if fabric else 1
+def steps_of(images: int, batch: int, processes: int = 1) -> int:
+    """Steps of an epoch. Raises ValueError if a batch is too large or cannot be shared evenly."""
     if batch > images:
-        raise ValueError(f"got batch {batch}; need at most the {images} training images")
+        raise ValueError(f"got batch {batch}; need at most {images} (train images)")
     if batch % processes:
         raise ValueError(
             f"got batch {batch} for {processes} processes; need a multiple; do change one of them"
@@ -333,6 +332,13 @@ def evaluate(
 # --- many processes --------------------------------------------------------------------------
 
 
+def processes(devices: int = 1, num_nodes: int = 1) -> int:
+    """How many processes a run with these settings has; under torchrun, as many as it started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return devices * num_nodes
+
+
 def start_processes(
     device: torch.device, devices: int = 1, num_nodes: int = 1, strategy: str = "ddp"
 ) -> "Fabric | None":
@@ -343,18 +349,19 @@ def start_processes(
 
     Raises: ValueError if lightning-fabric is not installed, or the devices are not there.
     """
+    count = processes(devices, num_nodes)
+    if count == 1:
+        return None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        num_nodes = int(os.environ["WORLD_SIZE"]) // devices
-    if devices * num_nodes == 1:
-        return None
+        num_nodes = count // devices
     if device.type == "cuda" and devices > torch.cuda.device_count():
         raise ValueError(f"got devices {devices}; need at most {torch.cuda.device_count()} here")
     try:
         from lightning_fabric import Fabric
     except ImportError as error:
         raise ValueError(
-            f"got devices {devices} without Lightning Fabric; need it; "
+            f"got {count} processes without Lightning Fabric; need it; "
             "do pip install 'dnal-mini[devices]'"
         ) from error
     fabric = Fabric(
@@ -362,6 +369,11 @@ def start_processes(
     )
     fabric.launch()
     return fabric
+
+
+def is_first_process() -> bool:
+    """True in the process that writes and prints: the only one, or the first of many."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def from_first(fabric: "Fabric | None", make: Callable[[], Any]) -> Any:

@@ -1,0 +1,49 @@
+"""Trains a small net in float64, alone or as one of several processes, and writes what came out.
+
+Run by test_processes.py, with the name of the file to write, by python or by torchrun.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dnal_mini.data import toy_images
+from dnal_mini.gate import add_gates, arch_parameters, open_gates, set_gates, weight_parameters
+from dnal_mini.schedules import constant
+from dnal_mini.train import evaluate, fit, only_training, start_processes
+
+
+def net() -> nn.Module:
+    """Gated, with a shared batch in two norms, dropout left out on purpose."""
+    torch.manual_seed(3)
+    plain = nn.Sequential(
+        nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 5, 3, stride=2),
+        nn.BatchNorm2d(5, momentum=None), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 4 * 3, 3),
+    )  # fmt: skip
+    return add_gates(plain).double()
+
+
+def main() -> None:
+    fabric = start_processes(torch.device("cpu"))
+    data = toy_images(train=90, val=33, num_classes=3, image_shape=(3, 12, 10))
+    model, losses = net(), []
+    common = {"batch": 6, "dtype": torch.float64, "fabric": fabric, "seed": "x"}
+    for stage in ("weights", "gates"):
+        soft = stage == "gates"
+        set_gates(model, mode="soft" if soft else "off", delta=4.0)
+        chosen = list(arch_parameters(model) if soft else weight_parameters(model))
+        sgd = torch.optim.SGD(chosen, lr=0.0, momentum=0.9, weight_decay=0 if soft else 1e-3)
+        price = (lambda: 1e-2 * open_gates(model)) if soft else None
+        with only_training(model, chosen):
+            for row in fit(model, data, sgd, 2, constant(0.05), price=price, **common):
+                losses.append([row["loss"], row["price"], row["train_accuracy"]])
+    accuracy = evaluate(model, data.val, data, batch=10, dtype=torch.float64, fabric=fabric)
+    if fabric is None or fabric.global_rank == 0:
+        found = {"losses": losses, "accuracy": accuracy, "net": model.state_dict()}
+        torch.save(found | {"norm": type(model[1].norm).__name__}, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
