@@ -23,6 +23,7 @@ from torch import nn
 from dnal_mini import runlog
 from dnal_mini.config import MEANS, PATHS, SearchConfig
 from dnal_mini.data import ImageSet
+from dnal_mini.gate import gates
 from dnal_mini.train import Place
 
 Row = dict[str, Any]
@@ -184,12 +185,13 @@ class RunFolder:
         """
         if not self.writes:
             return
-        about = {k: v for k, v in (rows or [{}])[0].items() if k in ("delta", "gate_price", "lr")}
         state = {
-            **about,
             "stage": stage,
             "epoch": epoch,
             "step": place.step if place else 0,
+            "delta": next((float(gate.delta) for gate in gates(net).values()), None),
+            "gate_price": self.config.gate_price,
+            "lr": optimizer.param_groups[0]["lr"],
             "schedule": {k: v for k, v in vars(self.config).items() if k.endswith("_schedule")},
             "net": net.state_dict(),
             "optimizer": None if is_last else optimizer.state_dict(),
