@@ -258,6 +258,7 @@ def summary(rows_or_path: list[Row] | str | Path) -> Row:
     found |= {key: last.get(key) for key in ("stage", "epoch", "epochs")}
     found |= {"finished": bool(result), "device": run.get("device"), "commit": run.get("commit")}
     found |= {key: result.get(key) for key in ("dense_is", "test_images", "seconds")}
+    found |= {"gate_price": result.get("gate_price", config.get("gate_price"))}  # if it was found
     for net in ("dense", "weight_stage", "hard", "pruned", "fine_tuned"):
         found[f"{net}_accuracy"] = result.get(f"{net}_accuracy")
     for unit in ("params", "macs"):
@@ -314,7 +315,7 @@ def results_table(paths: Iterable[str | Path | list[Row]], markdown: bool = True
 
     dense, pruned, tuned: test accuracy of the dense network, of the pruned one, and of the pruned
     one after fine-tuning. MACs and params: of the pruned network, as share of the dense one and
-    in millions.
+    in millions. gate price: the one found, where the run was asked for a share of the MACs.
     """
     found = [summary(path) for path in paths]
     done = sorted((s for s in found if s["finished"]), key=lambda s: -s["macs_pruned"])
@@ -329,7 +330,7 @@ def _result_cells(found: Row) -> list[str]:
     nets = ("dense", "pruned", "fine_tuned")
     return [
         str(found["name"]),
-        shown(found["gate_price"], "g"),
+        shown(found["gate_price"], ".4g"),
         str(found["seed"]),
         *(shown(found[f"{net}_accuracy"], ".2f", scale=100) for net in nets),
         shown(found["macs_kept"], ".1f", scale=100),

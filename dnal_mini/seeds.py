@@ -12,8 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dnal_mini import runlog
-from dnal_mini.config import SearchConfig
-from dnal_mini.runfolder import PATHS
+from dnal_mini.config import MEANS, SearchConfig
 
 Row = runlog.Row
 Record = list[Row] | str | Path
@@ -49,9 +48,9 @@ def by_settings(records: Iterable[Record]) -> list[list[Row]]:
     for rows in _finished(records):
         found = runlog.summary(rows)
         config = dataclasses.asdict(SearchConfig()) | rows[0]["config"]
-        target = config.get("target_macs")
-        label = f"target {target:.0%}" if target else runlog.shown(config["gate_price"], "g")
-        key = {name: config[name] for name in config if name not in {"seed", *PATHS}}
+        target, price = config["target_macs"], config["gate_price"]
+        label = f"target {target:g}" if target else f"{price:g}"
+        key = {name: config[name] for name in config if name not in {"seed", *MEANS}}
         groups[json.dumps(key, sort_keys=True)][found["seed"]] = found | {"setting": label}
     return sorted(
         (list(runs.values()) for runs in groups.values()),
@@ -88,12 +87,14 @@ def training_seconds(
 ) -> tuple[float, float]:
     """Seconds of all epochs as they were trained, and as the same runs would need one by one.
 
-    An epoch that several records hold was trained once and taken over by the others. ``without``:
-    stages that are left out. ``typical``: an epoch counts as the median one of its stage and run,
-    so that a process which was suspended, or a machine busy for a while, does not tell; else as
-    recorded. Unfinished runs are left out.
+    An epoch that several records of a seed took over was trained once, whether or not the record
+    of the run that trained it is among them. ``without``: stages that are left out. ``typical``:
+    an epoch counts as the median one of its stage and run, so that a process which slept, or a
+    machine that was busy for a while, does not tell; else as recorded. Unfinished runs are left
+    out.
     """
-    trained: dict[str, float] = {}
+    own: dict[str, float] = defaultdict(float)
+    taken: dict[str, float] = {}
     singly = 0.0
     for rows in _finished(records):
         stages: dict[str, list[Row]] = defaultdict(list)
@@ -103,10 +104,14 @@ def training_seconds(
             median = statistics.median(row["seconds"] for row in stages[stage])
             for row in stages[stage]:
                 content = {name: row[name] for name in row if name != "taken_over"}
+                key = json.dumps([rows[0]["config"]["seed"], content], sort_keys=True)
                 seconds = median if typical else row["seconds"]
-                trained[json.dumps(content, sort_keys=True)] = seconds
                 singly += seconds
-    return sum(trained.values()), singly
+                if row.get("taken_over"):
+                    taken[key] = seconds
+                else:
+                    own[key] += seconds
+    return sum((taken | own).values()), singly
 
 
 def sharing(records: Iterable[Record]) -> str:

@@ -26,8 +26,7 @@ from typing import Any, Literal
 import torch
 
 from dnal_mini import runlog, search
-from dnal_mini.config import SearchConfig
-from dnal_mini.runfolder import PATHS
+from dnal_mini.config import MEANS, SearchConfig
 
 Row = runlog.Row
 Field = Literal["gate_price", "target_macs"]
@@ -37,7 +36,7 @@ Place = Callable[[int, OnRow | None], AbstractContextManager[Start]]
 
 FILE_NAME = "sweep.json"
 FOLDERS = {"gate_price": "price", "target_macs": "target"}
-FREE = {"seed", *FOLDERS, *PATHS}  # fields in which the runs of one sweep may differ
+FREE = {"seed", *FOLDERS, *MEANS}  # fields in which the runs of one sweep may differ
 
 
 @dataclass(frozen=True)
@@ -84,6 +83,11 @@ def sweep(
     """
     if jobs < 1:
         raise ValueError(f"got jobs {jobs}; need 1 or more; do give the number of runs at a time")
+    if config.devices * config.num_nodes > 1:
+        raise ValueError(
+            f"got {config.devices} devices on {config.num_nodes} machines for each run of a sweep; "
+            "need 1; do fill them with several runs: --jobs or --ray"
+        )
     asked = plan(config, values, seeds, Path(out).absolute(), field)
     _remember(Path(out), config, [run for shared in asked for run in shared.then])
     todo = deque(left for shared in asked if (left := _unfinished(shared)).then)
@@ -158,12 +162,13 @@ def _remember(out: Path, config: SearchConfig, asked: list[Job]) -> None:
     """Add the runs to ``sweep.json``, if the folder is free or holds a sweep of this config."""
     settings = dataclasses.asdict(config)
     settings = {name: settings[name] for name in settings if name not in FREE}
+    default = dataclasses.asdict(SearchConfig())  # of fields that are newer than the sweep
     path, known = out / FILE_NAME, []
     if path.exists():
         theirs = _asked(out)
         known, begun = theirs["runs"], any(out.glob("seed*/*/config.json"))
         for name in sorted({*settings, *theirs["config"]}):
-            old, new = theirs["config"].get(name), settings.get(name)
+            old, new = theirs["config"].get(name, default.get(name)), settings.get(name)
             if begun and old != new:
                 raise ValueError(
                     f"got {out}, which holds a sweep with {name}={old!r}, not {new!r}; need the "

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import dnal_mini
-from dnal_mini import runlog, search
+from dnal_mini import runlog, search, seeds
 from dnal_mini.__main__ import Display, main
 from dnal_mini.config import SearchConfig
 from dnal_mini.deploy import onnx_runner
@@ -119,7 +119,21 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("report", ["no run"]),
         ("report nowhere", ["no run record at nowhere"]),
         ("report . --epoch", ["'--epoch'", "need --epochs"]),
+        ("report . --figure", ["--figure alone"]),
         ("recipes --all", ["'--all'"]),
+        ("sweep digts --gate-price 1e-3", ["'digts'", "need digits"]),
+        ("sweep", ["no price", "--gate-price P1 P2"]),
+        ("sweep --gate-price", ["no gate_price", "need one or more"]),
+        ("sweep --gate-price 1e-3 cheap", ["'cheap'", "need float"]),
+        ("sweep --gate-price 1e-3 0.001", ["0.001 twice"]),
+        ("sweep --gate-price 1e-3 --target-macs 0.5", ["prices and targets"]),
+        ("sweep --target-macs 0.3 1.5", ["target_macs 1.5"]),
+        ("sweep --gate-price 1e-3 --seed", ["no seed"]),
+        ("sweep --gate-price 1e-3 --seed 1 5 1", ["seed 1 twice"]),
+        ("sweep --gate-price 1e-3 --seed 0.5", ["seed '0.5'", "need int"]),
+        ("sweep --gate-price 1e-3 --jobs 0", ["jobs 0", "1 or more"]),
+        ("sweep --gate-price 1e-3 --jobs", ["--jobs alone"]),
+        ("sweep --gate-price 1e-3 --gate 5", ["'gate'", "need gate_price"]),
         ("export", ["nothing to export"]),
         ("export nowhere", ["nowhere", "run folder or a .safetensors file"]),
         ("export a b", ["a b"]),
@@ -385,7 +399,8 @@ def test_settings_of_another_version_are_told(ran: Recorder, capsys: pytest.Capt
 def test_report_of_one_is_its_table_and_of_several_a_comparison(
     ran: Recorder, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["run", "--out", "a"]) == main(["run", "--seed", "5", "--out", "b"]) == 0
+    other = ["run", "--gate-price", "5e-3", "--out", "b"]
+    assert main(["run", "--out", "a"]) == main(other) == 0
     capsys.readouterr()
     assert main(["report", "a"]) == 0
     assert capsys.readouterr().out == runlog.final_table("a") + "\n"
@@ -417,6 +432,98 @@ def test_report_of_a_cut_record_warns_in_one_line(
     assert "not finished (weight_stage, epoch 2)" in output.out
     assert output.err.startswith("dnal: warning: a/record.jsonl: line 5 is cut short")
     assert output.err.count("\n") == 1
+
+
+def test_report_takes_means_over_seeds_and_draws_them(
+    ran: Recorder, capsys: pytest.CaptureFixture[str]
+):
+    pytest.importorskip("matplotlib")
+    assert main(["run", "--out", "a"]) == main(["run", "--seed", "5", "--out", "b"]) == 0
+    capsys.readouterr()
+    assert main(["report", "a", "b", "--figure", "f.svg"]) == 0
+    output = capsys.readouterr()
+    assert output.out == seeds.tables(["a", "b"], markdown=False) + "\n"
+    assert output.out.splitlines()[-1].split()[2:6] == ["2", "97.22", "±", "0.00"]
+    assert "points" in Path("f.svg").read_text()
+    assert ".svg or .png" in refusal(capsys, "report", "a", "b", "--figure", "f.jpg")
+
+
+# Sweeps -----------------------------------------------------------------------------------------
+
+
+class Swept(Recorder):
+    """Stands in for the search in a sweep; runs whose folder is in ``bad`` fail."""
+
+    bad: tuple[str, ...] = ()
+
+    def __call__(self, config: SearchConfig, out: Path, on_row: Callable, until: str | None):
+        name = "/".join(Path(out).parts[-2:])
+        if name in self.bad:
+            raise ValueError("got no luck; need some; do try again")
+        self.finished = until is None
+        super().__call__(config, out, lambda steps, text: steps, on_row)
+
+
+@pytest.fixture
+def swept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Swept:
+    """The search of a sweep replaced by a recorder, in an empty folder."""
+    recorder = Swept()
+    monkeypatch.setattr(search, "run", recorder)
+    return recorder
+
+
+def test_a_sweep_runs_each_price_with_each_seed_and_reports_them(
+    swept: Swept, capsys: pytest.CaptureFixture[str]
+):
+    words = "sweep cifar10_cpu --gate-price 1e-3 5e-3 --seed 5 7 --batch 32 --out s"
+    assert main(words.split()) == 0
+    runs = [config for config, out in swept.calls if out.name != "shared"]
+    assert [(run.seed, run.gate_price, run.batch) for run in runs] == [
+        (5, 1e-3, 32), (5, 5e-3, 32), (7, 1e-3, 32), (7, 5e-3, 32)
+    ]  # fmt: skip
+    output = capsys.readouterr()
+    assert "seed7/price0.005: weight_stage 2/2  loss 1.5000  val 50.0%  seconds 0.5" in output.err
+    assert "seed5/price0.001: done, tuned 97.22%, MACs kept 25.0%" in output.err
+    paths = [f"s/seed{seed}/price{price}" for seed in (5, 7) for price in (0.001, 0.005)]
+    assert output.out == seeds.tables(paths, [], markdown=False) + "\n"
+    assert main(["report", "s"]) == 0
+    assert capsys.readouterr().out == output.out
+
+
+def test_a_sweep_of_targets_has_a_folder_that_its_settings_name(swept: Swept):
+    for targets in ("0.3", "0.5"):
+        assert main(["sweep", "--target-macs", targets]) == 0
+    outs = [out for _, out in swept.calls]
+    assert len({out.parents[1] for out in outs}) == 1
+    assert outs[0].parents[1].name.startswith("digits-sweep-")
+    targets = [config.target_macs for config, out in swept.calls if out.name != "shared"]
+    assert targets == [0.3, 0.5]
+
+
+def test_a_failed_run_of_a_sweep_ends_it_with_exit_code_2(
+    swept: Swept, capsys: pytest.CaptureFixture[str]
+):
+    swept.bad = ("seed0/price0.001",)
+    assert main(["sweep", "--gate-price", "1e-3", "5e-3", "--out", "s"]) == 2
+    output = capsys.readouterr()
+    assert "seed0/price0.001: failed: got no luck; need some; do try again" in output.err
+    assert output.err.splitlines()[-1].startswith("dnal: got 1 runs that failed: seed0/price0.001;")
+    assert "s/seed0/price0.001: not run" in output.out
+    assert "0.005" in output.out
+    swept.bad = ()
+    assert main(["sweep", "--gate-price", "1e-3", "5e-3", "--out", "s"]) == 0
+
+
+def test_an_interrupted_sweep_names_the_command_that_goes_on(
+    swept: Swept, capsys: pytest.CaptureFixture[str]
+):
+    swept.end = KeyboardInterrupt()
+    assert main(["sweep", "--gate-price", "1e-3", "--out", "my sweep"]) == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    again = "dnal sweep --gate-price 1e-3 --out 'my sweep'"
+    assert line == f"dnal: interrupted; continue with the same command: {again}"
+    swept.end = None
+    assert main(shlex.split(again)[1:]) == 0
 
 
 # Exports ----------------------------------------------------------------------------------------

@@ -107,6 +107,42 @@ def test_the_trade_off_joins_medians_of_settings_on_a_log_axis(ax):
     assert joined["dnal"].get_marker() != joined["uniform"].get_marker()
 
 
+def kept(**columns: list) -> pd.DataFrame:
+    """A table for ``kept_accuracy``: two settings of one method, seeds 0 and 1."""
+    rows = {
+        "method": ["a"] * 4,
+        "setting": ["x", "x", "y", "y"],
+        "seed": [0, 1, 0, 1],
+        "macs_kept": [0.5, 0.3, 0.1, 0.2],
+        "accuracy": [0.9, 0.8, 0.7, 0.6],
+        "dense_accuracy": [0.92, 0.94, 0.92, 0.94],
+    }
+    return pd.DataFrame(rows | columns)
+
+
+def test_kept_accuracy_joins_means_and_shows_the_dense_network_as_a_band(ax):
+    plots.kept_accuracy(kept(), ax, title="t")
+    dense, runs, means = ax.lines
+    assert dense.get_ydata() == pytest.approx([0.93, 0.93])
+    (band,) = ax.patches
+    low, high = band.get_y(), band.get_y() + band.get_height()
+    assert (low, high) == pytest.approx((0.93 - 0.0002**0.5, 0.93 + 0.0002**0.5))
+    np.testing.assert_allclose(runs.get_xdata(), [0.5, 0.3, 0.1, 0.2])
+    np.testing.assert_allclose(means.get_xydata(), [[0.15, 0.65], [0.4, 0.85]])
+    assert ax.get_xscale() == "linear"
+    assert means.get_label() == "a, mean of 2 seeds"
+
+
+def test_kept_accuracy_of_one_seed_has_no_spread_and_methods_differ(ax):
+    frame = kept(method=["a", "a", "b", "b"], seed=[0] * 4, macs_kept=[0.9, 0.5, 0.05, 0.3])
+    plots.kept_accuracy(frame.assign(setting=["1", "2", "1", "2"]), ax, title="t")
+    assert [band.get_height() for band in ax.patches] == [0, 0]
+    assert ax.get_xscale() == "log"
+    lines = {line.get_label(): line for line in ax.lines}
+    assert lines["a"].get_color() != lines["b"].get_color()
+    assert lines["a"].get_marker() != lines["b"].get_marker()
+
+
 def test_points_show_every_value_and_count_those_that_a_log_axis_cannot(ax):
     table = {"way": ["one"] * 4 + ["two"] * 3, "y": [1, 3, 5, 0, 10, 1000, 100]}
     plots.points(table, ax, "way", "y", title="t", y_label="y", log=True)
@@ -198,7 +234,8 @@ def test_an_unknown_fate_is_named(ax):
 
 
 @pytest.mark.parametrize(
-    "draw", [plots.trade_off, plots.widths, plots.gate_histogram, plots.channel_sets]
+    "draw",
+    [plots.trade_off, plots.kept_accuracy, plots.widths, plots.gate_histogram, plots.channel_sets],
 )
 def test_a_missing_column_is_named(ax, draw):
     with pytest.raises(ValueError, match=r"got columns .*; need "):
