@@ -183,8 +183,8 @@ def _sweep(words: list[str]) -> None:
         raise KeyboardInterrupt(f"interrupted; continue with the same command: {again}") from None
     _report([str(folder)])
     if failed:
-        names = ", ".join(failed)
-        raise ValueError(f"got {len(failed)} runs that failed: {names}; need what their lines say")
+        need = "what their lines above say; do type the command again"
+        raise ValueError(f"got failures: {', '.join(failed)}; need {need}")
 
 
 def _show_of_several(name: str, row: runlog.Row) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -80,6 +81,7 @@ def sweep(
 
     Raises: ValueError for values, seeds or jobs that make no sweep, and for a folder that holds
     another sweep or something else. A failed run does not raise, and does not stop the others.
+    KeyboardInterrupt (Ctrl-C, SIGTERM) goes through when the runs have ended a step and saved.
     """
     if jobs < 1:
         raise ValueError(f"got jobs {jobs}; need 1 or more; do give the number of runs at a time")
@@ -97,7 +99,7 @@ def sweep(
     place: Place = _here if jobs == 1 else _processes
     if ray is not None:  # which holds back what does not fit
         at_a_time, place = len(seeds) * len(values), partial(_on_ray, ray)
-    with place(jobs, on_row) as start:
+    with _terminable(), place(jobs, on_row) as start:
         while todo or running:
             while todo and len(running) < at_a_time:
                 job = todo.popleft()
@@ -220,6 +222,19 @@ def _reason(future: "Future[str]") -> str:
     if isinstance(error, Exception):
         return _line(error)
     return future.result()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, which batch systems send, interrupts as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():  # signals go to the main one
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _threads(jobs: int) -> int:

@@ -214,7 +214,7 @@ def test_the_module_runs_as_a_command_and_exits_with_2(folder: Path):
 def test_help_names_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(words) == 0
     output = capsys.readouterr()
-    assert all(f"dnal {name}" in output.out for name in ("run", "report", "export", "recipes"))
+    assert all(f"dnal {name}" in output.out for name in ("run", "sweep", "report", "export"))
     assert output.err == ""
 
 
@@ -507,7 +507,7 @@ def test_a_failed_run_of_a_sweep_ends_it_with_exit_code_2(
     assert main(["sweep", "--gate-price", "1e-3", "5e-3", "--out", "s"]) == 2
     output = capsys.readouterr()
     assert "seed0/price0.001: failed: got no luck; need some; do try again" in output.err
-    assert output.err.splitlines()[-1].startswith("dnal: got 1 runs that failed: seed0/price0.001;")
+    assert output.err.splitlines()[-1].startswith("dnal: got failures: seed0/price0.001; need")
     assert "s/seed0/price0.001: not run" in output.out
     assert "0.005" in output.out
     swept.bad = ()

@@ -290,14 +290,15 @@ def test_a_process_that_is_killed_is_a_run_that_failed(monkeypatch, tmp_path):
     }
 
 
-def test_an_interrupt_reaches_every_process_and_the_same_call_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_reaches_every_process_and_the_same_call_goes_on(number, tmp_path):
     config = dataclasses.replace(CONFIG, baseline=False, weight_epochs=1)
     running: dict[str, int] = {}
 
     def stop(name: str, row: dict) -> None:
         running[name] = running.get(name, 0) + 1
         if len(running) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     with pytest.raises(KeyboardInterrupt):
         sweep.sweep(config, [1e-3], [0, 1], tmp_path, jobs=2, on_row=stop)
