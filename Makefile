@@ -27,4 +27,4 @@ clean:
 	rm -rf _build build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml constraints.txt .ci/environment.py
-	$(PYTHON) .ci/environment.py .venv -c constraints.txt -e ".[data,book,export,test,dev]" && touch $(READY)
+	$(PYTHON) .ci/environment.py .venv -c constraints.txt -e ".[data,book,export,devices,test,dev]" && touch $(READY)

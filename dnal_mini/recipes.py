@@ -59,6 +59,24 @@ def cifar10_cpu() -> SearchConfig:
     )
 
 
+def resnet56_cpu() -> SearchConfig:
+    """CIFAR-10 on CPU cores with a slim ResNet56: a quarter of its width, all 50,000 images.
+
+    Run: ``dnal sweep resnet56_cpu --gate-price 1e-4 5e-4 --data-dir FOLDER``. All epochs are ours,
+    and few.
+    """
+    return replace(
+        cifar10_cpu(),
+        name="resnet56_cpu",
+        model="resnet56",
+        weight_epochs=3,
+        arch_epochs=3,
+        fine_tune_epochs=3,
+        fine_tune_schedule="one-cycle",
+        floor=0.0,
+    )
+
+
 def vgg16_cifar10() -> SearchConfig:
     """VGG16 on CIFAR-10 as in the paper: 100 + 20 + 100 epochs; wants a GPU.
 
@@ -87,7 +105,48 @@ def mobilenetv2_cifar10() -> SearchConfig:
     return replace(vgg, name="mobilenetv2_cifar10", model="mobilenetv2", weight_decay=4e-5)
 
 
+def vgg16_cifar10_fast() -> SearchConfig:
+    """VGG16 on CIFAR-10 in a fifth of the paper's epochs: 20 + 4 + 20; wants a GPU.
+
+    All of it is ours: one-cycle learning rates and Nesterov's momentum where weights are trained,
+    label smoothing, weight decay 5e-4. With a fifth of the architecture steps s moves five times as
+    far in each, so that a gate price means about what it means in ``vgg16_cifar10``.
+    Run: ``dnal run vgg16_cifar10_fast --data-dir FOLDER --device cuda --compile true``.
+    """
+    return _fast(vgg16_cifar10())
+
+
+def resnet56_cifar10_fast() -> SearchConfig:
+    """ResNet56 on CIFAR-10 in a fifth of the epochs, as ``vgg16_cifar10_fast``."""
+    return _fast(resnet56_cifar10())
+
+
+def mobilenetv2_cifar10_fast() -> SearchConfig:
+    """MobileNetV2 on CIFAR-10 in a fifth of the epochs, as ``vgg16_cifar10_fast``."""
+    return _fast(mobilenetv2_cifar10())
+
+
+def _fast(paper: SearchConfig) -> SearchConfig:
+    """A fifth of the epochs of a recipe, with what makes short training good."""
+    return replace(
+        paper,
+        name=paper.name + "_fast",
+        weight_epochs=paper.weight_epochs // 5,
+        arch_epochs=paper.arch_epochs // 5,
+        fine_tune_epochs=paper.fine_tune_epochs // 5,
+        weight_schedule="one-cycle",
+        fine_tune_schedule="one-cycle",
+        weight_lr=0.2,
+        fine_tune_lr=0.1,
+        arch_lr=5 * paper.arch_lr,
+        nesterov=True,
+        label_smoothing=0.1,
+        weight_decay=5e-4,
+    )
+
+
+PAPER = (vgg16_cifar10, resnet56_cifar10, mobilenetv2_cifar10)
+FAST = (vgg16_cifar10_fast, resnet56_cifar10_fast, mobilenetv2_cifar10_fast)
 RECIPES: dict[str, Callable[[], SearchConfig]] = {
-    recipe.__name__: recipe
-    for recipe in (digits, cifar10_cpu, vgg16_cifar10, resnet56_cifar10, mobilenetv2_cifar10)
+    recipe.__name__: recipe for recipe in (digits, cifar10_cpu, resnet56_cpu, *PAPER, *FAST)
 }

@@ -29,12 +29,12 @@ ROWS = [
     {"runfolder"},
     {"stages"},
     {"peers", "search"},
-    {"recipes"},
-    {"sweep"},
+    {"recipes", "words", "plots"},
+    {"sweep", "seeds"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
-ASIDE = {"plots", "widgets"}
+ASIDE = {"widgets"}
 HEAVY = {"IPython", "PIL", "ipywidgets", "matplotlib", "pandas", "scipy", "seaborn", "sklearn"}
 HEAVY |= {"torchvision", "tyro"}  # tqdm is not on the list: torch loads it
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
