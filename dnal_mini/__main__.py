@@ -396,6 +396,9 @@ class Display:
             case "epoch":
                 line = runlog.epoch_line(row)
                 self.latest = "  ".join(line.split("  ")[1:-1])  # without stage and seconds
+            case "probe":
+                price, share = row["price_asked"], row["macs_share"]
+                line = f"probe: gate price {price:.4g} leaves {share:.1%} of the MACs"
             case "warning":
                 line = f"WARNING, {row['stage']} epoch {row['epoch']}: {row['text']}"
             case _:

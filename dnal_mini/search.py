@@ -186,7 +186,11 @@ def _price_for_target(
         folder.forget(name)
         probes.append((price, share))
         hits = [share for _, share in probes if is_hit(share, config.target_macs)]
-    return best_probe(probes, config.target_macs)[0]
+    price, share = best_probe(probes, config.target_macs)
+    if not hits:
+        text = f"no price found for {config.target_macs:g} of the MACs; nearest: {share:.3g}"
+        folder.log([{"kind": "warning", "stage": "arch_stage", "epoch": 0, "text": text}])
+    return price
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The training loop: what it trains, what it counts, and that it can be taken up again."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from torch import nn
 
 from dnal_mini.data import Split, toy_images
 from dnal_mini.gate import add_gates, arch_parameters
-from dnal_mini.schedules import constant, cosine
+from dnal_mini.schedules import constant, cosine, one_cycle
 from dnal_mini.train import (
+    Place,
     evaluate,
     fit,
     only_training,
@@ -141,7 +143,7 @@ def test_bfloat16_is_as_near_to_float32_as_its_digits():
 
 def test_mistakes_are_named():
     net = small_net()
-    with pytest.raises(ValueError, match="need at most the 90"):
+    with pytest.raises(ValueError, match="need at most 90"):
         next(fit(net, DATA, sgd(net), 1, constant(0.1), batch=91))
     with pytest.raises(FloatingPointError, match="lower the learning rate"):
         list(fit(net, DATA, sgd(net), 2, constant(1e30), batch=17))
@@ -149,3 +151,102 @@ def test_mistakes_are_named():
         pick_device("cuda:77")
     with pytest.raises(ValueError, match="got device 'gpu'"):
         pick_device("gpu")
+
+
+def test_one_cycle_goes_up_in_a_line_and_down_along_a_cosine():
+    lr = one_cycle(0.4, warm_up=0.25, start=0.1)
+    assert [lr(0), lr(0.125), lr(0.25), lr(0.625)] == pytest.approx([0.04, 0.22, 0.4, 0.2])
+    assert lr(1) == pytest.approx(0, abs=1e-12)
+
+
+def test_label_smoothing_mixes_the_target_with_all_classes():
+    net = small_net()
+    rows = [
+        next(fit(copy.deepcopy(net), DATA, sgd(net), 1, constant(0), batch=90, seed=1,
+                 augmented=None, label_smoothing=share))
+        for share in (0.0, 0.3)
+    ]  # fmt: skip
+    x = DATA.train.images.double() / 255
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (DATA.mean, DATA.std))
+    log_p = copy.deepcopy(net).double()((x - mean) / std).log_softmax(1).detach()
+    right = -log_p[torch.arange(90), DATA.train.labels].mean()
+    smooth = 0.7 * right - 0.3 * log_p.mean()
+    assert [row["loss"] for row in rows] == pytest.approx([float(right), float(smooth)], rel=1e-5)
+
+
+class Stop:
+    """Says stop at the n-th question, and keeps the place it is given."""
+
+    def __init__(self, after: int) -> None:
+        self.left, self.place = after, None
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def keep(self, place: Place) -> None:
+        self.place = place
+
+
+def with_dropout() -> nn.Sequential:
+    return nn.Sequential(*small_net()[:3], nn.Dropout(0.4), *small_net()[3:])
+
+
+def test_a_stage_stopped_inside_an_epoch_goes_on_to_the_same_end():
+    whole = with_dropout()
+    parts = copy.deepcopy(whole)
+    rows = list(fit(whole, DATA, sgd(whole), 3, cosine(0.05), batch=17, seed="x"))
+    first, stop = sgd(parts), Stop(after=7)  # five steps an epoch: in the second one
+    options = {"batch": 17, "seed": "x"}
+    found = []
+    rows_until_stop = fit(
+        parts, DATA, first, 3, cosine(0.05), keep=stop.keep, stopping=stop, **options
+    )
+    found.append(next(rows_until_stop))
+    with pytest.raises(KeyboardInterrupt, match="stopped in epoch 2 after step"):
+        next(rows_until_stop)
+    assert (stop.place.epoch, len(found)) == (2, 1)
+    second = sgd(parts)
+    second.load_state_dict(first.state_dict())
+    found += fit(parts, DATA, second, 3, cosine(0.05), first_epoch=2, place=stop.place, **options)
+    assert same(whole, parts)
+    assert [row["loss"] for row in found] == [row["loss"] for row in rows]
+
+
+def test_dropout_is_seeded_and_the_callers_random_numbers_are_left_alone():
+    nets = [with_dropout()]
+    nets.append(copy.deepcopy(nets[0]))
+    for net in nets:
+        torch.rand(3)  # whatever the caller draws
+        before = torch.get_rng_state()
+        list(fit(net, DATA, sgd(net), 1, constant(0.05), batch=17, seed="y"))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert same(*nets)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_trains_as_the_plain_one():
+    plain = small_net()
+    fast = copy.deepcopy(plain)
+    rows = [
+        list(fit(net, DATA, sgd(net), 2, constant(0.02), batch=17, compiled=compiled))
+        for net, compiled in ((plain, False), (fast, True))
+    ]
+    losses = [[row["loss"] for row in each] for each in rows]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_no_step_waits_for_the_device():
+    def watched(steps, text):
+        for step in steps:
+            torch.cuda.set_sync_debug_mode("error" if step else "default")
+            yield step
+        torch.cuda.set_sync_debug_mode("default")
+
+    device = torch.device("cuda")
+    data = dataclasses.replace(DATA, train=DATA.train.to(device), val=DATA.val.to(device))
+    net = add_gates(small_net()).to(device)
+    (row,) = fit(net, data, sgd(net), 1, constant(0.01), batch=17, progress=watched)
+    assert row["loss"] > 0
