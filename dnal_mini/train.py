@@ -154,6 +154,8 @@ def fit(
             label_smoothing, dtype, channels_last, fabric, progress, keep, keep_every_s, stopping,
         )  # fmt: skip
         for epoch in range(first_epoch, epochs + 1):
+            if fabric and keep and _agreed(stopping, ASK_EVERY - 1, fabric):
+                raise KeyboardInterrupt(f"stopped before epoch {epoch}")
             begin = place if place and place.epoch == epoch else None
             start = time.perf_counter() - (begin.seconds if begin else 0)
             if before_epoch:

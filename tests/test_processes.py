@@ -1,8 +1,10 @@
 """Many processes compute what one does: under torchrun, and started by the command itself."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,27 @@ def test_the_command_starts_its_processes_and_ends_as_one_does(tmp_path):
     (tmp_path / "two" / "fine_tune.pt").unlink()
     succeed(sys.executable, "-m", "dnal_mini", "resume", tmp_path / "two")
     assert runlog.summary(tmp_path / "two")["finished"]
+
+
+def test_a_signal_to_the_first_of_two_processes_stops_and_saves_both(tmp_path):
+    long = TINY | {"weight-epochs": "500"}
+    words = [word for name, value in long.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "dnal_mini", "run", "digits", *words, "--devices", "2"]
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, "--out", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "weight_stage.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, complained = process.communicate(timeout=120)
+    assert f"continue with: dnal resume {folder}" in complained
+    assert "Traceback" not in complained
+    epochs = runlog.epochs(folder)
+    assert 0 < len(epochs) < 500
+    state = torch.load(folder / "weight_stage.pt", weights_only=True)
+    assert state["epoch"] == epochs[-1]["epoch"]
 
 
 def test_the_images_of_a_split_are_counted_once_by_any_number_of_processes(tmp_path):
