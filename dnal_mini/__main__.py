@@ -43,7 +43,7 @@ usage: dnal run [RECIPE] [--field value ...] [--out DIR]
 
 run      Train, learn the width, cut, fine-tune; the default recipe is digits (minutes on two
          cores). "dnal run --help" lists every field, "dnal run RECIPE --help" with its values.
-resume   Go on with an interrupted run at its last finished epoch.
+resume   Go on with an interrupted run where it was stopped.
 sweep    A run per price and seed. What the runs of a seed share is trained once. The same command
          again goes on, with more prices or seeds if they are named. --target-macs M1 M2 ...: a
          share of the MACs to reach, in place of a price. --jobs: runs at a time. --ray: on a Ray

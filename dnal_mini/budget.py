@@ -7,8 +7,9 @@ import math
 
 TOLERANCE = 0.02  # of the target, relative: a probe within it is good enough
 MAX_PROBES = 10
-SLOPE = -0.75  # of log-odds(share) over log(price), until two probes have measured it
-STEEPEST, FLATTEST = -4.0, -0.1
+SLOPE = -0.75  # of log-odds(share) over log(price), until probes show a steeper one
+STEEPEST = -4.0
+EDGE = 0.2  # of the interval between two probes, on either side
 Probe = tuple[float, float]  # gate price, share of the dense MACs that it leaves
 
 
@@ -25,28 +26,29 @@ def best_probe(probes: list[Probe], target: float) -> Probe:
 def next_price(probes: list[Probe], target: float, first: float) -> float:
     """The price to try next.
 
-    Over the logarithm of the price, the log-odds of the share fall on a line, nearly: the price
-    goes along it. With one probe its slope is a guess (``SLOPE``), with more it goes through the
-    two best ones. Between a probe above the target and one below, it stays between them.
+    Over the logarithm of the price the log-odds of the share fall, slowly at first and then faster.
+    As long as all probes are on one side of the target, the next one goes on from the nearest with
+    a slope no flatter than ``SLOPE``, so that it does not leap over the edge. Between a probe above
+    the target and one below, it goes where the line between them says, but not too near to either.
     """
     if not probes:
         return first
     goal = _log_odds(target)
     points = sorted((math.log(price), _log_odds(share) - goal) for price, share in probes)
-    nearest = sorted(points, key=lambda point: abs(point[1]))
-    x, y = nearest[0]
+    above = [point for point in points if point[1] > 0]  # too many MACs: the price must rise
+    below = [point for point in points if point[1] <= 0]
+    if above and below:
+        (low, over), (high, under) = max(above), min(below)
+        new = low + (high - low) * over / (over - under)
+        if low < high:
+            margin = (high - low) * EDGE
+            new = min(max(new, low + margin), high - margin)
+        return math.exp(new)
+    (x, y), *others = sorted(points, key=lambda point: abs(point[1]))
     slope = SLOPE
-    if len(points) > 1 and nearest[1][0] != x:
-        slope = (nearest[1][1] - y) / (nearest[1][0] - x)
-    slope = min(max(slope, STEEPEST), FLATTEST)
-    new = x - y / slope
-    above = [at for at, over in points if over > 0]  # too many MACs: the price must rise
-    below = [at for at, over in points if over < 0]
-    if above and below and max(above) < min(below):
-        low, high = max(above), min(below)
-        margin = (high - low) / 10
-        new = min(max(new, low + margin), high - margin)
-    return math.exp(new)
+    if others and others[0][0] != x:
+        slope = min((others[0][1] - y) / (others[0][0] - x), SLOPE)
+    return math.exp(x - y / max(slope, STEEPEST))
 
 
 def _log_odds(share: float) -> float:

@@ -101,8 +101,8 @@ class SearchConfig:
     """Memory layout of images and filters."""
     compile: bool = False
     """Let torch.compile fuse the training step; pays on long runs."""
-    checkpoint_s: float = 300.0
-    """Seconds between checkpoints inside an epoch; one follows each epoch anyway."""
+    checkpoint_s: float = 60.0
+    """Seconds between checkpoints, inside epochs and after them; one follows each stage anyway."""
     devices: int = 1
     """Processes on each machine, one device each; they share every batch."""
     num_nodes: int = 1

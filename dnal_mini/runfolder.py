@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -56,6 +57,7 @@ class RunFolder:
         self.path, self.config, self.on_row, self.writes = Path(out), config, on_row, writes
         self.record = runlog.RunLog(self.path / runlog.FILE_NAME)
         self._lock: int | None = None
+        self._saved_at = time.monotonic()
         if not writes:
             return
         if not (self.path / "config.json").exists():
@@ -209,6 +211,12 @@ class RunFolder:
                 f"free some and resume: nothing is lost up to the checkpoint before"
             ) from error
 
+        self._saved_at = time.monotonic()
+
+    def checkpoint_age_s(self) -> float:
+        """Seconds since the last checkpoint, or since the folder was opened."""
+        return time.monotonic() - self._saved_at
+
     def restore(
         self, stage: str, net: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[int, Place | None, list[Row]]:
@@ -358,12 +366,15 @@ def _locked(folder: Path) -> int | None:
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(lock)
         raise ValueError(
             f"got {folder}, which another process is writing; need one at a time; "
             "do wait for it, or choose another folder (--out)"
         ) from error
+    except OSError:  # a file system without locks
+        os.close(lock)
+        return None
     return lock
 
 

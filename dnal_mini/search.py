@@ -50,7 +50,7 @@ from dnal_mini.train import (
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-DECIDED = 0.005  # a probe ends once fewer gates than this share are between 0.1 and 0.9
+DECIDED = 0.02  # a probe ends once fewer gates than this share are between 0.1 and 0.9
 
 
 def load_data(config: SearchConfig) -> ImageSet:

@@ -158,7 +158,8 @@ def _epochs(
 ) -> Iterator[Row]:
     """The epochs of one stage, from its last checkpoint on, as rows of a record.
 
-    A checkpoint is written before the rows of its epoch, and holds them.
+    A checkpoint is written before the rows of its epoch, and holds them. Epochs that a crash has
+    taken are trained again, to the same end.
     """
     done, place, rows = folder.restore(stage, net, optimizer) if folder else (0, None, [])
     yield from rows
@@ -189,8 +190,8 @@ def _epochs(
     ):
         row = {"kind": "epoch", "stage": stage} | row | (measure() if measure else {})
         rows = [row, *(remark(row) if remark else [])]
-        if folder:
-            last = row["epoch"] == epochs
+        last = row["epoch"] == epochs
+        if folder and (last or folder.checkpoint_age_s() >= config.checkpoint_s):
             folder.checkpoint(stage, row["epoch"], net, optimizer, rows, is_last=last)
         yield from rows
 

@@ -379,18 +379,19 @@ def is_first_process() -> bool:
 
 
 def from_first(fabric: "Fabric | None", make: Callable[[], Any]) -> Any:
-    """What ``make()`` gives in the first process, in all of them; a ValueError too."""
+    """What ``make()`` gives in the first process, in all of them; if it raises, all do."""
     if fabric is None:
         return make()
-    answer: Any = None
+    answer: tuple[str, Any] = ("", None)
+    raised: Exception | None = None
     if fabric.global_rank == 0:
         try:
             answer = ("value", make())
-        except ValueError as error:
-            answer = ("error", str(error))
+        except Exception as error:  # whatever it is, the others must not wait for ever
+            answer, raised = ("error", str(error)), error
     kind, value = fabric.broadcast(answer)
     if kind == "error":
-        raise ValueError(value)
+        raise raised or ValueError(value)
     return value
 
 
@@ -399,6 +400,8 @@ def _wrapped(
     net: nn.Module, optimizer: torch.optim.Optimizer, compiled: bool, fabric: "Fabric | None"
 ) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
     """Net and optimiser as the steps of one stage call them: compiled, shared by all processes."""
+    if compiled:
+        torch.compiler.reset()  # or the stages of a long sweep would use up what may be compiled
     model: Any = torch.compile(net) if compiled else net
     if fabric is None:
         yield model, optimizer

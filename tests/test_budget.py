@@ -1,6 +1,7 @@
 """The price for a wanted number of MACs: on worlds with a known answer, and in a real search."""
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -28,7 +29,7 @@ def straight(slope: float, level: float):
 
 @pytest.mark.parametrize("target", [0.03, 0.3, 0.9])
 def test_in_a_straight_world_three_probes_are_enough(target):
-    for slope, level in ((-0.6, 0.3), (-1.3, -0.4), (-0.75, 0.0)):
+    for slope, level in ((-0.8, 0.3), (-1.3, -0.4), (-0.75, 0.0)):
         probes = search(straight(slope, level), target)
         assert len(probes) <= 3
         assert is_hit(probes[-1][1], target)
@@ -51,6 +52,23 @@ def test_in_crooked_noisy_worlds_the_target_is_hit_nearly_always():
         missed += not is_hit(best_probe(probes, target)[1], target)
     assert missed <= 1
     assert sum(lengths) / len(lengths) < 5
+
+
+def test_a_cliff_behind_a_plain_is_found():
+    """What a quarter of VGG16 does: shares of 0.61, 0.32, 0.11 at prices 1e-4, 5.5e-4, 2.5e-3."""
+    corners = [(1e-5, 0.8), (1e-4, 0.55), (5.5e-4, 0.37), (1.2e-3, 0.13), (5e-3, 0.03), (1, 0.001)]
+
+    def world(price):
+        pairs = list(itertools.pairwise(corners))
+        (p, a), (q, b) = next((pair for pair in pairs if pair[1][0] >= price), pairs[-1])
+        way = math.log(price / p) / math.log(q / p)
+        return math.exp((1 - way) * math.log(a) + way * math.log(b))
+
+    for target in (0.1, 0.2, 0.3, 0.45, 0.6):
+        for first in (1e-5, 1e-4, 1e-3):
+            probes = search(world, target, first)
+            assert is_hit(probes[-1][1], target), (target, probes)
+            assert len(probes) <= 8
 
 
 def test_between_a_probe_above_and_one_below_the_next_price_lies_between_them():

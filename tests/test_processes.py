@@ -75,7 +75,7 @@ def test_the_command_starts_its_processes_and_ends_as_one_does(tmp_path):
 
 
 def test_a_signal_to_the_first_of_two_processes_stops_and_saves_both(tmp_path):
-    long = TINY | {"weight-epochs": "500"}
+    long = TINY | {"weight-epochs": "500", "checkpoint-s": "0"}
     words = [word for name, value in long.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-m", "dnal_mini", "run", "digits", *words, "--devices", "2"]
     folder = tmp_path / "run"

@@ -27,6 +27,7 @@ CONFIG = SearchConfig(
     gate_price=1e-3,
     precision="float32",
     channels_last=False,
+    checkpoint_s=0.0,
 )
 
 
