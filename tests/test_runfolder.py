@@ -152,6 +152,23 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
     assert told(result) == told(whole)
 
 
+def test_another_clock_and_another_host_change_nothing(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(row):
+        if row.get("stage") == "arch_stage":
+            raise Stop
+
+    whole = run(CONFIG, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(CONFIG, tmp_path / "cut", on_row=stop)
+    monkeypatch.setattr("time.time", lambda: 0.0)  # back in 1970
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    assert told(run(CONFIG, tmp_path / "cut")) == told(whole)
+
+
 def test_a_field_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
     result = run(CONFIG, tmp_path / "run")
     path = tmp_path / "run" / "config.json"
