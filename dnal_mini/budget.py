@@ -1,11 +1,12 @@
 """The gate price that ends at a wanted number of MACs: a few short searches, each with its price.
 
-Knows numbers only. ``search.run`` does the searching, with ``--target-macs``. Read ``next_price``.
+Knows numbers only. ``search.run`` does the searching, with ``--target-macs``, and closes the small
+gap that is left with ``stages.meet_target``. Read ``next_price``.
 """
 
 import math
 
-TOLERANCE = 0.02  # of the target, relative: a probe within it is good enough
+TOLERANCE = 0.1  # of the target, relative: a probe within it is good enough
 MAX_PROBES = 10
 SLOPE = -0.75  # of log-odds(share) over log(price), until probes show a steeper one
 STEEPEST = -4.0

@@ -33,6 +33,7 @@ from dnal_mini.stages import (
     dense_baseline,
     fine_tune,
     keep_alive,
+    meet_target,
     numerics,
     share_of_macs,
     weight_stage,
@@ -148,9 +149,10 @@ def _stages(
         price = _price_for_target(net, data, config, loop)
         config = dataclasses.replace(config, gate_price=price)
     folder.log(arch_stage(net, data, config, **loop))
+    shift = meet_target(net, data.image_shape, config) if config.target_macs else 0.0
     reopened = keep_alive(net, collapse_floors(net, data.image_shape, config.floor))
     set_gates(net, mode="hard")
-    small = _pruned_once(net, data, config, loop, reopened)
+    small = _pruned_once(net, data, config, loop, {"reopened": reopened, "shift": shift})
     nets |= {"hard": net, "pruned": copy.deepcopy(small.module)}
     folder.log(fine_tune(small.module, data, config, **loop))
     if folder.writes:
@@ -232,7 +234,7 @@ def _pruned_once(
     data: ImageSet,
     config: SearchConfig,
     loop: dict[str, Any],
-    reopened: dict[str, int],
+    changed: Row,
 ) -> Pruned:
     """The pruned net, read back if an earlier session of this run has cut it already."""
     folder: RunFolder = loop["folder"]
@@ -252,7 +254,7 @@ def _pruned_once(
             residual=config.residual,
             certificate=small.certificate,
             gap=gap,
-            reopened=reopened,
+            **changed,
             notes=small.report.notes,
             walls=small.report.walls,
         )

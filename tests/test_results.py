@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from dnal_mini import runlog
+from dnal_mini import runlog, seeds
 from dnal_mini.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
-RECORDS = sorted((ROOT / "results").glob("*.jsonl"))
+RESULTS = ROOT / "results"
+RECORDS = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*_cpu/*.jsonl")])
+TARGETS = sorted(RESULTS.glob("targets/*.jsonl"))
 BEGIN, END = "<!-- results: begin", "<!-- results: end -->"
 
 
@@ -19,18 +21,18 @@ def quoted(markdown: str) -> str:
 
 
 def test_the_table_in_the_readme_is_that_of_the_records():
-    expected = runlog.results_table(RECORDS)
+    expected = seeds.seeds_table(RECORDS)
     assert expected
-    assert quoted((ROOT / "README.md").read_text()) == expected, "dnal report results/*.jsonl"
+    assert quoted((ROOT / "README.md").read_text()) == expected, "means over seeds: dnal report"
 
 
 def test_a_table_that_has_drifted_is_caught():
-    table = runlog.results_table(RECORDS)
+    table = seeds.seeds_table(RECORDS)
     assert quoted(f"{BEGIN} -->\n{table}\n{END}") == table
     assert quoted(f"{BEGIN} -->\n{table.replace('1', '2', 1)}\n{END}") != table
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECORDS + TARGETS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_record_is_whole_and_names_its_making(path: Path):
     rows = runlog.read(path)
     first, last = rows[0], rows[-1]
@@ -54,6 +56,6 @@ def strings(value: object) -> list[str]:
     return [value] if isinstance(value, str) else []
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECORDS + TARGETS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_record_holds_no_path_of_the_machine(path: Path):
     assert not [text for text in strings(runlog.read(path)) if text.startswith(("/", "~"))]

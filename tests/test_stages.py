@@ -1,6 +1,8 @@
 """What a gate costs in MACs, the share of them that is left, and stages with other settings."""
 
+import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -12,7 +14,13 @@ from dnal_mini.data import toy_images
 from dnal_mini.gate import add_gates, gates, open_gates, set_gates
 from dnal_mini.models import MODELS
 from dnal_mini.prune import prune
-from dnal_mini.stages import arch_stage, macs_weights, share_of_macs, weight_stage
+from dnal_mini.stages import (
+    arch_stage,
+    macs_weights,
+    meet_target,
+    share_of_macs,
+    weight_stage,
+)
 
 CONFIG = SearchConfig(
     name="toy", data="toy", val=32, width=0.07, weight_epochs=2, arch_epochs=3, fine_tune_epochs=1,
@@ -93,3 +101,26 @@ def test_the_learning_rate_of_a_stage_follows_its_schedule(schedule):
         "one-cycle": 0.005 * (1 + torch.cos(torch.tensor(torch.pi * (last - 0.25) / 0.75)).item()),
     }
     assert rows[-1]["lr"] == pytest.approx(expected[schedule], rel=1e-4)
+
+
+@pytest.mark.parametrize("target", [0.15, 0.4, 0.85])
+def test_the_shift_that_meets_a_target_is_the_best_of_all(target):
+    net = chain()
+    set_gates(net, mode="soft", delta=1e4)
+    torch.manual_seed(2)
+    for gate in gates(net).values():
+        nn.init.uniform_(gate.s, -1, 1)
+    config = dataclasses.replace(CONFIG, target_macs=target)
+    values = sorted(float(s) for gate in gates(net).values() for s in gate.s.tolist())
+    shares = []
+    for low, high in itertools.pairwise(values):
+        tried = copy.deepcopy(net)
+        for gate in gates(tried).values():
+            gate.s.data -= (low + high) / 2
+        shares.append(share_of_macs(tried, (3, 8, 8), config))
+    before = {name: gate.s.detach().clone() for name, gate in gates(net).items()}
+    shift = meet_target(net, (3, 8, 8), config)
+    found = share_of_macs(net, (3, 8, 8), config)
+    assert abs(found - target) == pytest.approx(min(abs(share - target) for share in shares))
+    for name, gate in gates(net).items():
+        torch.testing.assert_close(gate.s.detach(), before[name] + shift)
