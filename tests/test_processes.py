@@ -133,7 +133,10 @@ def test_one_process_needs_no_fabric():
     [
         ({"devices": 3}, "got batch 64 for 3 processes; need a multiple"),
         ({"devices": 128, "batch": 64}, "got batch 64 for 128 processes"),
-        ({"device": "cuda:0" if torch.cuda.is_available() else "cuda", "devices": 64}, "got devic"),
+        (
+            {"device": "cuda:0" if torch.cuda.is_available() else "cuda", "devices": 64},
+            "got device",
+        ),
     ],
 )
 def test_processes_and_devices_that_cannot_be_are_told_before_any_is_started(
