@@ -6,7 +6,7 @@ gap that is left with ``stages.meet_target``. Read ``next_price``.
 
 import math
 
-WITHIN = 0.1  # of the target, relative: a probe that is so little below it is good enough
+TOLERANCE = 0.1  # of the target, relative: a probe within it is good enough
 MAX_PROBES = 10
 SLOPE = -0.75  # of log-odds(share) over log(price), until probes show a steeper one
 STEEPEST = -4.0
@@ -14,20 +14,14 @@ EDGE = 0.2  # of the interval between two probes, on either side
 Probe = tuple[float, float]  # gate price, share of the dense MACs that it leaves
 
 
-def is_hit(share: float, target: float) -> bool:
-    """True if a share of the MACs is just below the target.
-
-    Below, because the rest is then filled by opening gates. The weights are still those of the
-    dense network, to which an opened channel is nothing new. To close more channels, with no
-    gradient left that could make up for them, costs far more accuracy.
-    """
-    return (1 - WITHIN) * target <= share <= target
+def is_hit(share: float, target: float, tolerance: float = TOLERANCE) -> bool:
+    """True if a share of the MACs is within ``tolerance`` of the target, relative to the target."""
+    return abs(share / target - 1) <= tolerance
 
 
 def best_probe(probes: list[Probe], target: float) -> Probe:
-    """The probe nearest below the target, or, if none is below, the nearest."""
-    below = [probe for probe in probes if probe[1] <= target]
-    return min(below or probes, key=lambda probe: abs(_log_odds(probe[1]) - _log_odds(target)))
+    """The probe whose share is nearest to the target in log-odds."""
+    return min(probes, key=lambda probe: abs(_log_odds(probe[1]) - _log_odds(target)))
 
 
 def next_price(probes: list[Probe], target: float, first: float) -> float:
@@ -40,7 +34,7 @@ def next_price(probes: list[Probe], target: float, first: float) -> float:
     """
     if not probes:
         return first
-    goal = _log_odds((1 - WITHIN / 2) * target)
+    goal = _log_odds(target)
     points = sorted((math.log(price), _log_odds(share) - goal) for price, share in probes)
     above = [point for point in points if point[1] > 0]  # too many MACs: the price must rise
     below = [point for point in points if point[1] <= 0]

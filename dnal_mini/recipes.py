@@ -62,8 +62,7 @@ def cifar10_cpu() -> SearchConfig:
 def resnet56_cpu() -> SearchConfig:
     """CIFAR-10 on CPU cores with a slim ResNet56: a quarter of its width, all 50,000 images.
 
-    Run: ``dnal sweep resnet56_cpu --gate-price 1e-4 5e-4 --data-dir FOLDER``. All epochs are ours,
-    and few.
+    Run: ``dnal run resnet56_cpu --data-dir FOLDER``. All epochs are ours, and few.
     """
     return replace(
         cifar10_cpu(),

@@ -331,8 +331,9 @@ def meet_target(net: nn.Module, image_shape: tuple[int, int, int], config: Searc
     """Shift all s by one amount, so that the pruned net comes nearest to ``config.target_macs``.
 
     Changes ``net``; returns the shift. All gates are ranked by s and as many are opened as the
-    target allows. A common shift is what a slightly lower price would have done, without the luck
-    that a new search brings. Meant for opening: see ``budget.is_hit``.
+    target allows. A common shift is what a slightly other price would have done, without the luck
+    that a new search brings. It costs accuracy, either way, that fine-tuning has to win back: the
+    gates have been trained for each other.
 
     Differs: not in the paper.
     """

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from dnal_mini import runlog
-from dnal_mini.budget import MAX_PROBES, WITHIN, best_probe, is_hit, next_price
+from dnal_mini.budget import MAX_PROBES, TOLERANCE, best_probe, is_hit, next_price
 from dnal_mini.config import SearchConfig
 from dnal_mini.search import run
 
@@ -73,16 +73,14 @@ def test_a_cliff_behind_a_plain_is_found():
 def test_between_a_probe_above_and_one_below_the_next_price_lies_between_them():
     probes = [(1e-5, 0.8), (1e-2, 0.05)]
     assert 1e-5 < next_price(probes, 0.3, 1e-4) < 1e-2
-    assert best_probe([(1e-5, 0.8), (1e-3, 0.31)], 0.3) == (1e-3, 0.31)
+    assert best_probe([(1e-5, 0.8), (1e-3, 0.31), (1e-2, 0.05)], 0.3) == (1e-3, 0.31)
     assert next_price([], 0.3, 7e-4) == 7e-4
 
 
-def test_a_hit_is_just_below_the_target():
-    assert is_hit(0.3, 0.3)
-    assert is_hit(0.3 * (1 - 0.99 * WITHIN), 0.3)
-    assert not is_hit(0.3 * (1 - 1.01 * WITHIN), 0.3)
-    assert not is_hit(0.301, 0.3)
-    assert best_probe([(1e-4, 0.31), (2e-4, 0.25), (3e-4, 0.1)], 0.3) == (2e-4, 0.25)
+def test_a_hit_is_relative_to_the_target():
+    assert is_hit(0.3 * (1 + 0.99 * TOLERANCE), 0.3)
+    assert not is_hit(0.3 * (1 + 1.01 * TOLERANCE), 0.3)
+    assert not is_hit(0.03, 0.035)
 
 
 CONFIG = SearchConfig(
