@@ -45,6 +45,8 @@ def test_a_record_is_whole_and_names_its_making(path: Path):
     stages = {row["stage"]: row["epochs"] for row in rows if row["kind"] == "epoch"}
     for stage, epochs in stages.items():
         found = [row["epoch"] for row in runlog.epochs(rows) if row["stage"] == stage]
+        if stage.startswith("probe"):  # ends as soon as its gates are decided
+            epochs = len(found)
         assert found == list(range(1, epochs + 1)), stage
 
 
