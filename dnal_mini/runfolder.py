@@ -145,11 +145,6 @@ class RunFolder:
         return any(row["kind"] == kind for row in self._rows())
 
     @property
-    def result(self) -> Row | None:
-        """The result row, None if the run is not finished."""
-        return next((row for row in self._rows() if row["kind"] == "result"), None)
-
-    @property
     def last(self) -> Row:
         """The last row of the record."""
         return self._rows()[-1]
@@ -192,7 +187,7 @@ class RunFolder:
             "epoch": epoch,
             "step": place.step if place else 0,
             "delta": next((float(gate.delta) for gate in gates(net).values()), None),
-            "gate_price": self.config.gate_price,
+            "gate_price": (rows or [{}])[0].get("gate_price", self.config.gate_price),
             "lr": optimizer.param_groups[0]["lr"],
             "schedule": {k: v for k, v in vars(self.config).items() if k.endswith("_schedule")},
             "net": net.state_dict(),
