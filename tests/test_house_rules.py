@@ -30,7 +30,7 @@ ROWS = [
     {"stages"},
     {"peers", "search"},
     {"recipes", "words", "plots"},
-    {"sweep", "seeds"},
+    {"sweep", "seeds", "paperforms"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
