@@ -5,7 +5,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
-from dnal_mini.gate import Objective, Order
+from dnal_mini.controls import Rule
+from dnal_mini.gate import DeltaForm, Objective, Order
 from dnal_mini.prune import Residual
 from dnal_mini.train import Precision
 
@@ -27,6 +28,8 @@ class SearchConfig:
     """Folder with train/<class>/ and test/<class>/; empty: $DNAL_DATA, else a download."""
     val: int = 180
     """Images carved from train for validation, by seed."""
+    train_images: int = 0
+    """Training images that are used, drawn by seed, the same share of each class; 0: all."""
     crop: int = 4
     """Pixels of zero padding for random crops; 0 switches cropping off."""
     flip: bool = True
@@ -35,6 +38,8 @@ class SearchConfig:
     """Network."""
     width: float = 1.0
     """Multiplies every channel count of the network."""
+    optimisation: Literal["sequential", "joint"] = "sequential"
+    """Weights, then gates (paper), or both at once for as many epochs."""
     weight_epochs: int = 100
     """Epochs of stage 1 (weights, gates off)."""
     arch_epochs: int = 20
@@ -62,7 +67,9 @@ class SearchConfig:
     label_smoothing: float = 0.0
     """Share of the target spread over all classes when weights are trained; 0 in stage 2."""
     weight_decay: float = 1e-4
-    """Of the weights; s has none."""
+    """Of the weights."""
+    arch_weight_decay: float = 0.0
+    """Of s, which it pulls towards 0; the authors' scripts have none."""
     reset_momentum: bool = False
     """Empty the momentum buffers before every epoch, as the authors' scripts do."""
     gate_price: float = 1e-4
@@ -71,10 +78,14 @@ class SearchConfig:
     """Every gate costs the same (paper), or in proportion to the MACs that closing it saves."""
     target_macs: float = 0.0
     """Share of the dense MACs to end at: the price is found, from gate_price on; 0: as given."""
+    target_by: Literal["price", "shift"] = "price"
+    """How: look for a price and shift s by what is missing, or keep the price and only shift."""
+    gates_from: Rule = "search"
+    """Who decides which channels stay: the search, or a rule to compare it with."""
     objective: Objective = "paper"
     """Price sum sigmoid(delta s) as in the paper, or sum sigmoid(s) as in the authors' code."""
-    delta_form: Objective = "paper"
-    """delta from 1 to delta_max (paper), or multiplied before each epoch (code)."""
+    delta_form: DeltaForm = "paper"
+    """delta from 1 to delta_max (paper), multiplied before each epoch (code), linear, constant."""
     delta_max: float = 1e4
     """Steepness in the last architecture epoch."""
     order: Order = "conv-bn-ss-relu"
@@ -89,6 +100,8 @@ class SearchConfig:
     """Share of a vital layer's channels that is held open, at least one channel."""
     residual: Residual = "scatter"
     """How a pruned residual branch joins its trunk."""
+    tuned_from: Literal["pruned", "scratch"] = "pruned"
+    """Stage 3 starts from the weights that are left, or from new random ones."""
     weights_from: str = ""
     """Folder of a run with the same stage 1, which is taken over instead of trained again."""
     seed: int = 0
@@ -114,6 +127,8 @@ class SearchConfig:
         """Number of epochs of a stage; the baseline takes as many as stages 2 and 3 together."""
         if stage == "baseline":
             return self.arch_epochs + self.fine_tune_epochs
+        if stage == "joint_stage":
+            return self.weight_epochs + self.arch_epochs
         return int(getattr(self, stage.removesuffix("_stage") + "_epochs"))
 
     def __post_init__(self) -> None:
@@ -134,6 +149,13 @@ class SearchConfig:
             if not (low <= value <= high and math.isfinite(value)):
                 above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
                 raise ValueError(f"got {name} {value}; need {above}")
+        if self.gates_from != "search" and self.target_macs == 0:
+            raise ValueError(
+                f"got gates_from {self.gates_from!r} with target_macs 0; need a target: a rule "
+                "ranks channels, and does not know how many to keep"
+            )
+        if self.optimisation == "joint" and self.baseline:
+            raise ValueError("got joint optimisation with a baseline; need --baseline false")
         if self.nesterov and self.momentum == 0:
             raise ValueError("got nesterov with momentum 0; need momentum; do set --momentum 0.9")
 
@@ -143,10 +165,12 @@ PATHS = ("data_dir", "weights_from")
 MEANS = (*PATHS, "checkpoint_s", "devices", "num_nodes", "strategy")
 TINY = 1e-12
 RANGES = {
-    "val": (1, math.inf), "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (1, math.inf),
+    "val": (1, math.inf), "train_images": (0, math.inf), "crop": (0, 64), "width": (TINY, 64),
+    "weight_epochs": (1, math.inf),
     "arch_epochs": (1, math.inf), "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf),
     "weight_lr": (TINY, math.inf), "arch_lr": (TINY, math.inf), "fine_tune_lr": (TINY, math.inf),
-    "momentum": (0, 1), "weight_decay": (0, math.inf), "gate_price": (0, math.inf),
+    "momentum": (0, 1), "weight_decay": (0, math.inf), "arch_weight_decay": (0, math.inf),
+    "gate_price": (0, math.inf),
     "label_smoothing": (0, 1), "target_macs": (0, 1), "checkpoint_s": (0, math.inf),
     "devices": (1, 1024), "num_nodes": (1, 65536), "delta_max": (1, 1e9),
     "threshold": (1e-6, 1 - 1e-6), "floor": (0, 1), "seed": (0, 2**62),

@@ -19,6 +19,7 @@ from torch.func import functional_call
 Mode = Literal["off", "soft", "hard"]
 Order = Literal["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"]
 Objective = Literal["paper", "code"]
+DeltaForm = Literal["paper", "code", "linear", "constant"]
 Where = Callable[[str, nn.Module], bool]
 
 
@@ -260,11 +261,13 @@ def weight_parameters(net: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in net.parameters() if id(parameter) not in own)
 
 
-def delta_schedule(epochs: int, form: Objective = "paper", delta_max: float = 1e4) -> list[float]:
-    """Steepness of the gates for each architecture epoch, growing by a constant factor.
+def delta_schedule(epochs: int, form: DeltaForm = "paper", delta_max: float = 1e4) -> list[float]:
+    """Steepness of the gates for each architecture epoch.
 
-    "paper": from 1 to ``delta_max``, both trained (Algorithm 1; a single epoch gets ``delta_max``).
-    "code": multiplied before each epoch, so that delta = 1 is never trained.
+    "paper": from 1 to ``delta_max`` by a constant factor, both trained (Algorithm 1; a single
+    epoch gets ``delta_max``). "code": multiplied before each epoch, so that delta = 1 is never
+    trained. To compare with: "linear" goes from 1 to ``delta_max`` in equal steps, "constant" has
+    ``delta_max`` from the start.
 
     Source: Guo et al. 2022, Algorithm 1 [guo2022dnal].
     Raises: ValueError for epochs < 1 or delta_max < 1.
@@ -273,11 +276,16 @@ def delta_schedule(epochs: int, form: Objective = "paper", delta_max: float = 1e
         raise ValueError(f"got {epochs} epochs; need at least 1")
     if not (math.isfinite(delta_max) and delta_max >= 1):
         raise ValueError(f"got delta_max {delta_max}; need a finite number of at least 1")
-    if form not in get_args(Objective):
-        raise ValueError(f"got form {form!r}; need 'paper' or 'code'")
-    if form == "code" or epochs == 1:
+    if form not in get_args(DeltaForm):
+        raise ValueError(f"got form {form!r}; need one of {', '.join(get_args(DeltaForm))}")
+    if form == "constant" or epochs == 1:
+        return [delta_max] * epochs
+    if form == "code":
         return [delta_max ** (k / epochs) for k in range(1, epochs + 1)]
-    return [delta_max ** (i / (epochs - 1)) for i in range(epochs)]
+    shares = [i / (epochs - 1) for i in range(epochs)]
+    if form == "linear":
+        return [1 + (delta_max - 1) * share for share in shares]
+    return [delta_max**share for share in shares]
 
 
 def open_gates(

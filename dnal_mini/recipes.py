@@ -76,6 +76,41 @@ def resnet56_cpu() -> SearchConfig:
     )
 
 
+def vgg16_mini() -> SearchConfig:
+    """A quarter of VGG16's width on 10,000 images of CIFAR-10: minutes on a core, for comparisons.
+
+    Run: ``dnal run vgg16_mini --data-dir FOLDER``. What the chapters on settings and controls
+    compare; ``benchmarks/experiments.py`` makes their records. All epochs and rates are ours.
+    """
+    return replace(
+        cifar10_cpu(),
+        name="vgg16_mini",
+        val=2500,
+        train_images=10_000,
+        batch=64,
+        weight_epochs=6,
+        arch_epochs=8,
+        fine_tune_epochs=6,
+        weight_lr=0.05,
+        arch_lr=0.25,
+        fine_tune_lr=0.05,
+        gate_price=1e-3,
+        baseline=False,
+    )
+
+
+def mobilenetv2_mini() -> SearchConfig:
+    """A quarter of MobileNetV2's width on 4,000 images of CIFAR-10, as ``vgg16_mini``."""
+    return replace(
+        vgg16_mini(),
+        name="mobilenetv2_mini",
+        model="mobilenetv2",
+        train_images=4000,
+        precision="float32",
+        floor=0.0,
+    )
+
+
 def vgg16_cifar10() -> SearchConfig:
     """VGG16 on CIFAR-10 as in the paper: 100 + 20 + 100 epochs; wants a GPU.
 
@@ -144,8 +179,9 @@ def _fast(paper: SearchConfig) -> SearchConfig:
     )
 
 
+SMALL = (cifar10_cpu, resnet56_cpu, vgg16_mini, mobilenetv2_mini)
 PAPER = (vgg16_cifar10, resnet56_cifar10, mobilenetv2_cifar10)
 FAST = (vgg16_cifar10_fast, resnet56_cifar10_fast, mobilenetv2_cifar10_fast)
 RECIPES: dict[str, Callable[[], SearchConfig]] = {
-    recipe.__name__: recipe for recipe in (digits, cifar10_cpu, resnet56_cpu, *PAPER, *FAST)
+    recipe.__name__: recipe for recipe in (digits, *SMALL, *PAPER, *FAST)
 }

@@ -32,7 +32,12 @@ STAGES = ("weight_stage", "baseline", "arch_stage", "fine_tune")
 AFTER_STAGE_1 = {
     "name", "arch_epochs", "fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "baseline",
     "arch_lr", "gate_price", "price_per", "target_macs", "objective", "delta_form", "delta_max",
-    "threshold", "freeze_classifier", "bn_mode", "floor", "residual",
+    "threshold", "freeze_classifier", "bn_mode", "floor", "residual", "arch_weight_decay",
+    "target_by", "gates_from", "tuned_from",
+}  # fmt: skip
+AFTER_STAGE_2 = {
+    "name", "fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "baseline", "residual",
+    "tuned_from",
 }  # fmt: skip
 BASELINE = {"arch_epochs", "fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "baseline"}
 
@@ -327,17 +332,22 @@ def _differ(folder: Path, settings: Row) -> dict[str, tuple[Any, Any]]:
 
 def _stages_of(source: Path, config: SearchConfig) -> list[str]:
     """Finished stages of another run that this run would repeat exactly."""
+    joint = config.optimisation == "joint"
+    names = ("joint_stage",) if joint else ("weight_stage", "baseline", "arch_stage")
     try:
         differ = set(_differ(source, dataclasses.asdict(config)))
-        files = [source / f"{stage}.pt" for stage in STAGES[:2]]
-        done = [_load(path)["epoch"] if path.exists() else 0 for path in files]
+        files = {stage: source / f"{stage}.pt" for stage in names}
+        done = {stage: _load(p)["epoch"] if p.exists() else 0 for stage, p in files.items()}
     except (OSError, ValueError) as error:
         raise ValueError(f"got weights_from {source} ({error}); need a run's folder") from error
-    if differ - AFTER_STAGE_1 or done[0] != config.weight_epochs:
-        why = ", ".join(sorted(differ - AFTER_STAGE_1)) or "it is not finished"
+    whole = {stage for stage in names if done[stage] == config.epochs(stage)}
+    free = AFTER_STAGE_2 | {"target_macs", "target_by"} if joint else AFTER_STAGE_1
+    if differ - free or names[0] not in whole:
+        why = ", ".join(sorted(differ - free)) or "it is not finished"
         raise ValueError(f"got weights_from {source} with another stage 1: {why}; train anew")
-    whole = done[1] == config.epochs("baseline") and not differ & BASELINE
-    return ["weight_stage", "baseline"] if whole else ["weight_stage"]
+    whole -= {"baseline"} if differ & BASELINE else set()
+    whole -= {"arch_stage"} if differ - AFTER_STAGE_2 else set()
+    return [stage for stage in names if stage in whole]
 
 
 def _take_over(source: Path, part: Path, record: runlog.RunLog, taken: list[str]) -> None:

@@ -19,10 +19,11 @@ from torch import nn
 
 from dnal_mini.budget import MAX_PROBES, best_probe, is_hit, next_price
 from dnal_mini.config import SearchConfig
+from dnal_mini.controls import rank_by
 from dnal_mini.cost import latency_pair
-from dnal_mini.data import ImageSet, cifar10, digits, toy_images
+from dnal_mini.data import ImageSet, carve, cifar10, digits, toy_images
 from dnal_mini.gate import add_gates, gate_report, set_gates
-from dnal_mini.models import MODELS
+from dnal_mini.models import MODELS, restart
 from dnal_mini.netfile import load, save
 from dnal_mini.prune import Pruned, prune
 from dnal_mini.runfolder import RunFolder, finished
@@ -32,6 +33,7 @@ from dnal_mini.stages import (
     collapse_floors,
     dense_baseline,
     fine_tune,
+    joint_stage,
     keep_alive,
     meet_target,
     numerics,
@@ -66,6 +68,9 @@ def load_data(config: SearchConfig) -> ImageSet:
             root = config.data_dir or os.environ.get("DNAL_DATA") or "data/cifar10"
             given = bool(config.data_dir or os.environ.get("DNAL_DATA"))
             data = cifar10(root, download=not given, seed=config.seed, val=config.val)
+    if config.train_images:
+        _, used = carve(data.train.labels, config.train_images, config.seed)
+        data = dataclasses.replace(data, train=data.train.take(used))
     steps_of(len(data.train), config.batch, processes(config.devices, config.num_nodes))
     return _on(device, data)
 
@@ -101,7 +106,7 @@ def run(
     same run is resumed where it was stopped; a finished run is only read. ``progress(steps, text)``
     wraps the steps of each epoch; ``on_row`` sees every row as it is written. ``until="weights"``
     stops after stage 1 and the baseline, which runs at other prices can take over
-    (``weights_from``). The test set is opened once, at the end.
+    (``weights_from``), ``until="gates"`` before the cut. The test set is opened once, at the end.
 
     SIGINT (Ctrl-C) and SIGTERM let the present step end, save, and raise KeyboardInterrupt.
     With ``config.devices`` or ``num_nodes`` above 1, or under torchrun, many processes run this
@@ -138,27 +143,47 @@ def _stages(
     """The stages one after the other, each from its last checkpoint on."""
     folder: RunFolder = loop["folder"]
     net = add_gates(dense, config.order)
-    folder.log(weight_stage(net, data, config, **loop))
-    nets = {"weight_stage": copy.deepcopy(net)}
-    if config.baseline:
-        nets["baseline"] = copy.deepcopy(net)
-        folder.log(dense_baseline(nets["baseline"], data, config, **loop))
-    if until == "weights":
+    nets: dict[str, nn.Module] = {}
+    if config.optimisation == "joint":
+        folder.log(joint_stage(net, data, config, **loop))
+    else:
+        folder.log(weight_stage(net, data, config, **loop))
+        nets["weight_stage"] = copy.deepcopy(net)
+        if config.baseline:
+            nets["baseline"] = copy.deepcopy(net)
+            folder.log(dense_baseline(nets["baseline"], data, config, **loop))
+        if until == "weights":
+            return folder.last
+        config = _decide_gates(net, data, config, loop)
+    if until == "gates":
         return folder.last
-    if config.target_macs:
-        price = _price_for_target(net, data, config, loop)
-        config = dataclasses.replace(config, gate_price=price)
-    folder.log(arch_stage(net, data, config, **loop))
     shift = meet_target(net, data.image_shape, config) if config.target_macs else 0.0
     reopened = keep_alive(net, collapse_floors(net, data.image_shape, config.floor))
     set_gates(net, mode="hard")
     small = _pruned_once(net, data, config, loop, {"reopened": reopened, "shift": shift})
     nets |= {"hard": net, "pruned": copy.deepcopy(small.module)}
+    if config.tuned_from == "scratch":
+        restart(small.module, config.seed)
     folder.log(fine_tune(small.module, data, config, **loop))
     if folder.writes:
         save(small, folder.path / "small.safetensors")
     nets["fine_tuned"] = small.module
     return folder.write("result", **_test_once(nets, dense, small, data, config, loop))
+
+
+def _decide_gates(
+    net: nn.Module, data: ImageSet, config: SearchConfig, loop: dict[str, Any]
+) -> SearchConfig:
+    """Stage 2, or the rule that stands in its place; returns the config with the price it took."""
+    if config.gates_from != "search":
+        rank_by(net, config.gates_from, config.seed)
+        set_gates(net, mode="soft", delta=config.delta_max, threshold=config.threshold)
+        return config
+    if config.target_macs and config.target_by == "price":
+        price = _price_for_target(net, data, config, loop)
+        config = dataclasses.replace(config, gate_price=price)
+    loop["folder"].log(arch_stage(net, data, config, **loop))
+    return config
 
 
 def _price_for_target(
@@ -279,6 +304,7 @@ def _test_once(
         name: evaluate(net, test, data, fabric=loop["fabric"], **numerics(data, config))
         for name, net in nets.items()
     }
+    dense_is = next((name for name in ("baseline", "weight_stage") if name in nets), None)
     before, after = small.spec["cost"]["dense"], small.spec["cost"]["pruned"]
     times = from_first(
         loop["fabric"], lambda: latency_pair(dense, small.module, data.image_shape, batch=1)
@@ -286,8 +312,8 @@ def _test_once(
     seconds = loop["folder"].seconds()
     return {
         "test_images": len(test),
-        "dense_is": "baseline" if config.baseline else "weight_stage",
-        "dense_accuracy": accuracy["baseline" if config.baseline else "weight_stage"],
+        "dense_is": dense_is,
+        "dense_accuracy": accuracy[dense_is] if dense_is else None,
         **{f"{name}_accuracy": value for name, value in accuracy.items() if name != "baseline"},
         "params": [before["params"], after["params"]],
         "macs": [before["macs"], after["macs"]],

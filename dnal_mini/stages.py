@@ -70,34 +70,85 @@ def arch_stage(
     Source: Guo et al. 2022, Algorithm 1, lines 6-11, eq. 7 [guo2022dnal].
     Differs: a vital layer is held at its floor of open gates (``hold_floors``).
     """
-    deltas = delta_schedule(config.arch_epochs, config.delta_form, config.delta_max)
-    floors = collapse_floors(net, data.image_shape, config.floor)
     trained = list(arch_parameters(net))
+    groups: list[dict[str, Any]] = [{"params": trained, "weight_decay": config.arch_weight_decay}]
     if not config.freeze_classifier:
         heads = [m for m in net.modules() if isinstance(m, nn.Linear | nn.BatchNorm1d)]
-        trained += [parameter for head in heads for parameter in head.parameters()]
-    set_gates(net, mode="soft", threshold=config.threshold)
-    with torch.no_grad():
-        for s in arch_parameters(net):
-            s.zero_()
-    optimizer = _sgd(trained, config, weight_decay=0, nesterov=False)
-    weights = macs_weights(net, data.image_shape) if config.price_per == "macs" else None
-    optimizer.register_step_post_hook(lambda *_: hold_floors(net, floors, 10 / config.delta_max))
+        groups.append({"params": [p for head in heads for p in head.parameters()]})
+        trained = trained + groups[1]["params"]
+    optimizer = _sgd(groups, config, weight_decay=0, nesterov=False)
     with only_training(net, trained):
-        yield from _epochs(
+        yield from _gated_epochs(
             name,
             net,
             data,
             config,
             optimizer,
             constant(config.arch_lr),
-            before_epoch=lambda epoch: set_gates(net, delta=deltas[epoch - 1]),
-            price=lambda: config.gate_price * open_gates(net, config.objective, weights),
             bn_mode=config.bn_mode,
-            measure=lambda: _gates_now(net, data, config, loop.get("fabric")),
-            remark=lambda row: _collapse_warnings(row, floors),
             **loop,
         )
+
+
+def joint_stage(
+    net: nn.Module, data: ImageSet, config: SearchConfig, **loop: Any
+) -> Generator[Row, None, None]:
+    """Weights and gates at once, for as long as stages 1 and 2 together. Changes ``net``.
+
+    One loss and one optimiser; s has its own learning rate and no weight decay of the weights.
+    delta grows over all of its epochs. What the sequential optimisation is compared with.
+
+    Source: Guo et al. 2022, sec. 4.3, fig. 5 [guo2022dnal].
+    Differs: the paper does not say how many epochs, which rates and which delta its joint
+    optimisation had; all of these are ours.
+    """
+    gates_too: dict[str, Any] = {
+        "params": list(arch_parameters(net)),
+        "weight_decay": config.arch_weight_decay,
+        "nesterov": False,
+        "lr_scale": config.arch_lr / config.weight_lr,
+    }
+    groups: list[dict[str, Any]] = [{"params": list(weight_parameters(net))}, gates_too]
+    optimizer = _sgd(groups, config, config.weight_decay)
+    lr = SCHEDULES[config.weight_schedule](config.weight_lr)
+    smooth = config.label_smoothing
+    yield from _gated_epochs(
+        "joint_stage", net, data, config, optimizer, lr, label_smoothing=smooth, **loop
+    )
+
+
+def _gated_epochs(
+    stage: str,
+    net: nn.Module,
+    data: ImageSet,
+    config: SearchConfig,
+    optimizer: torch.optim.Optimizer,
+    lr: Schedule,
+    **loop: Any,
+) -> Iterator[Row]:
+    """Epochs in which the gates are soft, start from s = 0, and pay while delta grows."""
+    epochs = config.epochs("arch_stage" if stage.startswith("probe") else stage)
+    deltas = delta_schedule(epochs, config.delta_form, config.delta_max)
+    floors = collapse_floors(net, data.image_shape, config.floor)
+    set_gates(net, mode="soft", threshold=config.threshold)
+    with torch.no_grad():
+        for s in arch_parameters(net):
+            s.zero_()
+    weights = macs_weights(net, data.image_shape) if config.price_per == "macs" else None
+    optimizer.register_step_post_hook(lambda *_: hold_floors(net, floors, 10 / config.delta_max))
+    yield from _epochs(
+        stage,
+        net,
+        data,
+        config,
+        optimizer,
+        lr,
+        before_epoch=lambda epoch: set_gates(net, delta=deltas[epoch - 1]),
+        price=lambda: config.gate_price * open_gates(net, config.objective, weights),
+        measure=lambda: _gates_now(net, data, config, loop.get("fabric")),
+        remark=lambda row: _collapse_warnings(row, floors),
+        **loop,
+    )
 
 
 def fine_tune(net: nn.Module, data: ImageSet, config: SearchConfig, **loop: Any) -> Iterator[Row]:
@@ -128,7 +179,7 @@ def dense_baseline(
 
 
 def _sgd(
-    parameters: Iterable[nn.Parameter],
+    parameters: Iterable[nn.Parameter] | list[dict[str, Any]],
     config: SearchConfig,
     weight_decay: float,
     nesterov: bool | None = None,

@@ -129,7 +129,8 @@ def fit(
 ) -> Iterator[dict[str, Any]]:
     """Train for epochs ``first_epoch..epochs`` and yield a row of numbers after each.
 
-    ``lr`` maps the share of the stage that is done to a learning rate, per step. ``price`` is
+    ``lr`` maps the share of the stage that is done to a learning rate, per step; a parameter group
+    of the optimiser may multiply it by its "lr_scale". ``price`` is
     added to the mean cross-entropy of each batch. ``augmented`` changes each batch of uint8 images.
     ``reset_momentum`` empties the optimiser's buffers before every epoch, as the authors' scripts
     do by making a new optimiser. Order of images, crops, flips and dropout depend on ``seed`` and
@@ -223,8 +224,9 @@ class _Loop:
             if begin:
                 draw.set_state(begin.draws.cpu())
             for step in todo:
+                rate = self.lr((epoch - 1 + step / self.steps) / self.epochs)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.lr((epoch - 1 + step / self.steps) / self.epochs)
+                    group["lr"] = rate * group.get("lr_scale", 1.0)
                 images, labels = train.images[order[step]], train.labels[order[step]]
                 images = self.augmented(images, draw) if self.augmented else images
                 mine = _share(self.batch, self.fabric)

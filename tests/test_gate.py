@@ -253,7 +253,7 @@ def test_parameters_are_split_without_rest():
         lambda net: set_gates(net, threshold=1.0),
         lambda net: delta_schedule(0),
         lambda net: delta_schedule(5, delta_max=0.5),
-        lambda net: delta_schedule(5, form="linear"),
+        lambda net: delta_schedule(5, form="quadratic"),
     ],
 )
 def test_mistakes_get_one_line(call):

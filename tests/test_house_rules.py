@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dnal_mini"
 ROWS = [
     {"gate", "cost", "data", "imagecache", "runlog", "channelmap", "shadow"},
-    {"schedules", "syncnorm", "budget"},
+    {"schedules", "syncnorm", "budget", "controls"},
     {"models", "deploy", "compare", "operations", "graphs", "facts"},
     {"rules", "dropgates", "functional"},
     {"channels", "walk", "surgery"},

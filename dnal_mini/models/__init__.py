@@ -12,11 +12,12 @@ rebuilds it, and ``gate_here(name)``, whether the paper puts a gate behind that 
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from dnal_mini.models.mobilenetv2 import mobilenetv2
 from dnal_mini.models.resnet import resnet56
-from dnal_mini.models.vgg import vgg16
+from dnal_mini.models.vgg import GAMMA, initialise, vgg16
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "vgg16": vgg16,
@@ -24,4 +25,19 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenetv2": mobilenetv2,
 }
 
-__all__ = ["MODELS", "mobilenetv2", "resnet56", "vgg16"]
+__all__ = ["MODELS", "mobilenetv2", "resnet56", "restart", "vgg16"]
+
+
+def restart(net: nn.Module, seed: int) -> None:
+    """Give a network new random weights and fresh norms, as its builder would, in place.
+
+    ``net``: one of ours, whole or pruned; which one says its ``config``. For training a found
+    architecture from scratch.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in net.modules():
+            if reset := getattr(module, "reset_parameters", None):
+                reset()
+        is_vgg = getattr(net, "config", {}).get("builder") == "vgg16"
+        initialise(net, GAMMA if is_vgg else 1.0)

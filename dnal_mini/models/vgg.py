@@ -13,6 +13,7 @@ from torch import Tensor, nn
 # Output channels of the 3x3 convolutions; "M" halves height and width.
 LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 HIDDEN = 512  # units of the hidden linear layer
+GAMMA = 0.5  # scale of every BatchNorm2d at the start
 SHRINK = 2 ** LAYOUT.count("M")  # 32 x 32 pixels become 2 x 2
 
 
@@ -50,7 +51,7 @@ class VGG16(nn.Module):
                 fc2=nn.Linear(hidden, num_classes),
             )
         )
-        initialise(self, gamma=0.5)
+        initialise(self, GAMMA)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.features(x))
