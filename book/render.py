@@ -18,6 +18,8 @@ def main() -> int:
     """Exit code of Jupyter Book."""
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     config["execute"]["execute_notebooks"] = "off"
+    local = config["sphinx"]["local_extensions"]  # folders are relative to the file they stand in
+    config["sphinx"]["local_extensions"] = {name: str(ROOT / path) for name, path in local.items()}
     BUILD.mkdir(exist_ok=True)
     settings = BUILD / "render.yml"
     settings.write_text(yaml.safe_dump(config), encoding="utf-8")

@@ -14,6 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Table = Any  # a DataFrame or what makes one: {column: values} or [{column: value}, ...]
 
@@ -72,9 +73,54 @@ def use_style() -> None:
     cycle = cycler(color=[BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY])
     mpl.rcParams.update({**STYLE, "axes.prop_cycle": cycle})
     if mpl.get_backend().lower().endswith("inline"):
+        from IPython import get_ipython
+        from matplotlib.figure import Figure
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("svg", metadata={"Date": None})
+        set_matplotlib_formats("svg")
+        formatters = get_ipython().display_formatter.formatters
+        formatters["image/svg+xml"].for_type(Figure, _picture)
+
+
+def _picture(figure: "Figure") -> tuple[str, dict[str, str]] | None:
+    """A figure as SVG without a date, and its alt text as metadata of the output."""
+    from IPython.core.pylabtools import print_figure
+
+    svg = print_figure(figure, "svg", metadata={"Date": None})
+    return None if svg is None else (svg, {"alt": alt_text(figure)})
+
+
+def describe(part: "Figure | Axes", words: str) -> None:
+    """Say what a figure shows to those who do not see it; a second call replaces the words.
+
+    ``alt_text`` puts them behind the titles. For a picture whose titles, axes and legend do not
+    tell already what is to be seen.
+    """
+    part.figure.set_label(words)
+
+
+def alt_text(figure: "Figure") -> str:
+    """The titles of a figure, then what ``describe`` said, or else its axes and legends."""
+    titles = [figure.get_suptitle()]
+    for ax in figure.axes:
+        titles += [ax.get_title("left"), ax.get_title("center"), ax.get_title("right")]
+    words = [str(figure.get_label())]
+    for ax in figure.axes if not words[0] else []:
+        x, y, legend = ax.get_xlabel() or _groups(ax), ax.get_ylabel(), ax.get_legend()
+        words.append(f"{y} over {x}" if x and y else x or y)
+        named = [text.get_text() for text in legend.get_texts()] if legend else []
+        words.append("Legend: " + ", ".join(named) if named else "")
+    parts = [" ".join(part.split()).rstrip(".") for part in dict.fromkeys([*titles, *words])]
+    return " ".join(f"{part}." for part in parts if part)
+
+
+def _groups(ax: "Axes") -> str:
+    """The names that stand below an axis in place of numbers."""
+    from matplotlib.ticker import FixedLocator
+
+    if not isinstance(ax.xaxis.get_major_locator(), FixedLocator):
+        return ""
+    return ", ".join(filter(None, (text.get_text() for text in ax.get_xticklabels())))
 
 
 def colour(name: str) -> str:

@@ -263,3 +263,29 @@ def test_figures_are_the_same_bytes_when_drawn_again(ax, tmp_path):
     for name in ("one.svg", "two.svg"):
         ax.figure.savefig(tmp_path / name, metadata={"Date": None})
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_alt_text_gives_titles_axes_and_legends_of_a_figure(ax):
+    table = {"x": [0, 1, 0, 1], "y": [1, 2, 3, 5], "form": ["paper", "paper", "code", "code"]}
+    plots.curves(table, ax, "x", "y", "form", title="Both rise", x_label="epoch", y_label="gates")
+    assert plots.alt_text(ax.figure) == "Both rise. gates over epoch. Legend: paper, code."
+    points = [{"order": "first", "pull": 3.0}, {"order": "last", "pull": 5.0}]
+    ax.clear()
+    plots.points(points, ax, "order", "pull", title="Last wins", y_label="pull")
+    assert plots.alt_text(ax.figure) == "Last wins. pull over first, last."
+
+
+def test_a_description_stands_behind_the_titles_and_a_second_one_replaces_it(ax):
+    ax.set(title="Title\nof two lines", xlabel="x", ylabel="y")
+    plots.describe(ax, "Seven dots.")
+    plots.describe(ax.figure, "Eight dots, one of them red")
+    assert plots.alt_text(ax.figure) == "Title of two lines. Eight dots, one of them red."
+
+
+def test_a_notebook_stores_the_alt_text_beside_its_picture(ax):
+    ax.set(title="A title")
+    svg, metadata = plots._picture(ax.figure)
+    assert metadata == {"alt": "A title."}
+    assert svg.count("<svg") == 1
+    assert "<dc:date>" not in svg
+    assert plots.alt_text(plt.Figure()) == "", "no words from nowhere: the test of the book sees it"
