@@ -19,7 +19,7 @@ HOSTS = ("github.com", "gitlab.com")  # a clone from elsewhere says nothing of w
 ADDRESS = re.compile(r"https://[\w.-]+(/[\w.-]+){2}")
 SETUP_ID = "setup"
 SETUP_CELL = """\
-# Google Colab opens this file alone: get the book, install its package. Elsewhere nothing happens.
+# Colab opens this file alone: fetch the book, install its package. Elsewhere nothing happens.
 import os
 import subprocess
 import sys
@@ -27,10 +27,10 @@ from pathlib import Path
 
 ADDRESS = ""  # filled in where a launch button of the site opens this notebook
 if ADDRESS and "google.colab" in sys.modules and not Path("../dnal_mini").is_dir():
-    if not Path("dnal_book").is_dir():
-        subprocess.run(["git", "clone", "-q", "--depth=1", ADDRESS, "dnal_book"], check=True)
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./dnal_book"], check=True)
-    os.chdir("dnal_book/notebooks")"""
+    if not Path("book").is_dir():
+        subprocess.run(["git", "clone", "-q", "--depth=1", "-blaunch", ADDRESS, "book"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./book"], check=True)
+    os.chdir("book/notebooks")"""
 
 
 def repository() -> str:

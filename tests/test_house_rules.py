@@ -34,7 +34,7 @@ ROWS = [
     {"__main__"},
 ]
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row}
-ASIDE = {"widgets"}
+ASIDE = {"panels", "sliderfigure", "widgets"}
 HEAVY = {"IPython", "PIL", "ipywidgets", "matplotlib", "pandas", "scipy", "seaborn", "sklearn"}
 HEAVY |= {"torchvision", "tyro"}  # tqdm is not on the list: torch loads it
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

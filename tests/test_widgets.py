@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from dnal_mini import plots, widgets
+from dnal_mini import panels, plots, sliderfigure, widgets
 from dnal_mini.widgets import Axes, Bars, Dots, Frame, Line, SliderFigure
 
 BOX = Axes("Panel", "x", "y", (-2, 3), (0, 5))
-LEFT, RIGHT, TOP, BOTTOM = widgets.LEFT, widgets.RIGHT, widgets.TOP, widgets.BOTTOM
+LEFT, RIGHT, TOP, BOTTOM = panels.LEFT, panels.RIGHT, panels.TOP, panels.BOTTOM
 
 
 def a_figure(**changes) -> SliderFigure:
@@ -70,13 +70,13 @@ def test_values_far_outside_are_cut_off_and_zero_has_a_place_on_a_log_axis():
 
 
 def test_a_gap_in_the_data_is_a_gap_in_the_line():
-    path = widgets._draw(Line([-2, -1, 0, 1, 2], [1, 2, np.nan, 3, 4]), BOX)
+    path = panels.draw_mark(Line([-2, -1, 0, 1, 2], [1, 2, np.nan, 3, 4]), BOX)
     assert path.count("M") == 2
     assert path.count("L") == 2
 
 
 def test_bars_stand_on_the_axis_and_reach_their_heights():
-    path = widgets._draw(Bars([-2, 0.5, 3], [5, 2.5]), BOX)
+    path = panels.draw_mark(Bars([-2, 0.5, 3], [5, 2.5]), BOX)
     d = re.search(r' d="([^"]*)"', path).group(1)
     tops = [float(y) for y in re.findall(r"V([\d.]+)H", d)]
     assert tops == pytest.approx([TOP, (TOP + BOTTOM) / 2])
@@ -85,7 +85,7 @@ def test_bars_stand_on_the_axis_and_reach_their_heights():
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (-0.3, 0.7), (3, 17000), (-1e-5, 2e-5)])
 def test_ticks_are_few_round_and_inside(low: float, high: float):
-    found = widgets.ticks(low, high)
+    found = panels.ticks(low, high)
     steps = np.diff(found)
     assert 2 <= len(found) <= 7
     assert low - 1e-12 <= found[0] <= found[-1] <= high + 1e-12
@@ -95,10 +95,10 @@ def test_ticks_are_few_round_and_inside(low: float, high: float):
 
 
 def test_log_ticks_are_powers_of_ten():
-    assert widgets.ticks(0.05, 2000, log=True) == pytest.approx([0.1, 1, 10, 100, 1000])
-    assert widgets.tick_text(1e-4, log=True) == "10⁻⁴"
-    assert widgets.tick_text(100, log=True) == "100"
-    assert widgets.tick_text(-0.2) == "−0.2"
+    assert panels.ticks(0.05, 2000, log=True) == pytest.approx([0.1, 1, 10, 100, 1000])
+    assert panels.tick_text(1e-4, log=True) == "10⁻⁴"
+    assert panels.tick_text(100, log=True) == "100"
+    assert panels.tick_text(-0.2) == "−0.2"
 
 
 def test_the_page_needs_nothing_from_outside():
@@ -113,11 +113,22 @@ def test_the_page_is_whole_and_its_slider_is_native_and_named():
     (slider,) = (a for tag, a in page.tags if tag == "input")
     (label,) = (a for tag, a in page.tags if tag == "label")
     (output,) = (a for tag, a in page.tags if tag == "output")
+    (button,) = (a for tag, a in page.tags if tag == "button")
     assert slider["type"] == "range"
     assert (slider["min"], slider["max"], slider["value"]) == ("0", "2", "1")
     assert label["for"] == slider["id"] == output["for"]
     assert slider["aria-valuetext"] == "value 2 < 7 & more"
     assert output["aria-live"] == "polite"
+    assert (button["type"], button["aria-label"], button["aria-pressed"]) == (
+        "button", "play", "false",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "pace_ms"), [(2, 750), (20, 300), (30, 200), (300, 150)])
+def test_a_film_takes_six_seconds_unless_a_frame_would_be_too_short_or_too_long(count, pace_ms):
+    figure = a_figure(values=range(1, count + 1))
+    assert figure.pace_ms() == pace_ms
+    assert figure.html().endswith(f", {pace_ms})</script>")
 
 
 def test_every_panel_has_a_name_and_words_for_those_who_do_not_see_it():
@@ -172,18 +183,35 @@ def test_the_live_figure_draws_what_the_page_shows_and_any_value_between():
     [("log", "FloatLogSlider"), ("linear", "FloatSlider"), ("steps", "SelectionSlider")],
 )
 def test_the_live_slider_starts_where_the_page_does(scale: str, kind: str):
-    _, slider = a_figure(scale=scale, start=1).widget().children
+    slider = a_figure(scale=scale, start=1).widget().children[1]
+    if scale == "steps":
+        _, slider = slider.children
     assert type(slider).__name__ == kind
     assert slider.value == pytest.approx(2)
 
 
+def test_live_steps_are_played_by_a_button_that_moves_the_slider_and_is_moved_by_it():
+    figure = a_figure(scale="steps", start=1)
+    picture, row = figure.widget().children
+    play, slider = row.children
+    assert (play.min, play.value, play.max) == (0, 1, 2)
+    assert play.interval == figure.pace_ms()
+    assert not play.playing
+    play.value = 2
+    assert slider.value == 5
+    assert figure.marks(figure.draw(5))[0] in picture.value
+    slider.value = 1
+    assert play.value == 0
+    assert figure.marks(figure.draw(1))[0] in picture.value
+
+
 def test_a_widget_is_sent_only_to_a_front_end_that_can_show_it(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(widgets, "live_front_end", lambda: False)
+    monkeypatch.setattr(sliderfigure, "live_front_end", lambda: False)
     assert set(a_figure()._repr_mimebundle_()) == {"text/plain", "text/html"}
-    monkeypatch.setattr(widgets, "live_front_end", lambda: True)
+    monkeypatch.setattr(sliderfigure, "live_front_end", lambda: True)
     bundle = a_figure()._repr_mimebundle_()
-    assert set(bundle) == {"text/plain", "text/html", widgets.WIDGET_VIEW}
-    assert bundle[widgets.WIDGET_VIEW]["model_id"]
+    assert set(bundle) == {"text/plain", "text/html", sliderfigure.WIDGET_VIEW}
+    assert bundle[sliderfigure.WIDGET_VIEW]["model_id"]
 
 
 def test_a_front_end_is_live_only_in_a_kernel_that_a_server_has_started(
@@ -234,7 +262,7 @@ def luminance(colour: str) -> float:
     ("palette", "ground"), [(widgets.LIGHT, "#ffffff"), (widgets.DARK, "#14181e")]
 )
 def test_every_colour_can_be_seen_on_its_ground(palette: dict, ground: str):
-    assert ground.replace("ffffff", "fff") in widgets.STYLE
+    assert ground.replace("ffffff", "fff") in sliderfigure.STYLE
     for colour in palette.values():
         bright, dark = sorted((luminance(colour), luminance(ground)), reverse=True)
         assert (bright + 0.05) / (dark + 0.05) >= 3  # WCAG 2.2, 1.4.11: graphical objects
