@@ -93,23 +93,31 @@ def _picture(figure: "Figure") -> tuple[str, dict[str, str]] | None:
 def describe(part: "Figure | Axes", words: str) -> None:
     """Say what a figure shows to those who do not see it; a second call replaces the words.
 
-    ``alt_text`` puts them behind the titles. For a picture whose titles, axes and legend do not
-    tell already what is to be seen.
+    For a picture whose titles, axes and legend do not tell already what is to be seen:
+    ``alt_text`` takes the words in their place, behind the headline.
     """
     part.figure.set_label(words)
 
 
 def alt_text(figure: "Figure") -> str:
-    """The titles of a figure, then what ``describe`` said, or else its axes and legends."""
+    """A figure's headline and what ``describe`` said, or else all its titles, axes and legends."""
     titles = [figure.get_suptitle()]
     for ax in figure.axes:
         titles += [ax.get_title("left"), ax.get_title("center"), ax.get_title("right")]
-    words = [str(figure.get_label())]
-    for ax in figure.axes if not words[0] else []:
+    titles = [title for title in titles if title]
+    if words := str(figure.get_label()):
+        return _sentences([titles[0]] if figure.get_suptitle() or len(titles) == 1 else [], [words])
+    words_of_axes = []
+    for ax in figure.axes:
         x, y, legend = ax.get_xlabel() or _groups(ax), ax.get_ylabel(), ax.get_legend()
-        words.append(f"{y} over {x}" if x and y else x or y)
+        words_of_axes.append(f"{y} over {x}" if x and y else x or y)
         named = [text.get_text() for text in legend.get_texts()] if legend else []
-        words.append("Legend: " + ", ".join(named) if named else "")
+        words_of_axes.append("Legend: " + ", ".join(named) if named else "")
+    return _sentences(titles, words_of_axes)
+
+
+def _sentences(titles: list[str], words: list[str]) -> str:
+    """One line, each part once and with a full stop."""
     parts = [" ".join(part.split()).rstrip(".") for part in dict.fromkeys([*titles, *words])]
     return " ".join(f"{part}." for part in parts if part)
 

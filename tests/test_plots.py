@@ -275,11 +275,20 @@ def test_alt_text_gives_titles_axes_and_legends_of_a_figure(ax):
     assert plots.alt_text(ax.figure) == "Last wins. pull over first, last."
 
 
-def test_a_description_stands_behind_the_titles_and_a_second_one_replaces_it(ax):
+def test_a_description_stands_behind_the_headline_and_a_second_one_replaces_it(ax):
     ax.set(title="Title\nof two lines", xlabel="x", ylabel="y")
     plots.describe(ax, "Seven dots.")
     plots.describe(ax.figure, "Eight dots, one of them red")
     assert plots.alt_text(ax.figure) == "Title of two lines. Eight dots, one of them red."
+    panels, (left, right) = plt.subplots(1, 2)
+    left.set(title="left", xlabel="x")
+    right.set_title("right")
+    assert plots.alt_text(panels) == "left. right. x."
+    plots.describe(right, "Two empty panels.")
+    assert plots.alt_text(panels) == "Two empty panels.", "titles of panels are no headline"
+    panels.suptitle("Nothing")
+    assert plots.alt_text(panels) == "Nothing. Two empty panels."
+    plt.close(panels)
 
 
 def test_a_notebook_stores_the_alt_text_beside_its_picture(ax):
