@@ -193,7 +193,8 @@ def _look_through(config: SearchConfig, out: Path) -> None:
         }
 
     with RunFolder(out, config, data) as folder:
-        _, _, _ = folder.restore("weight_stage", net, torch.optim.SGD(net.parameters()))
+        folder.restore("weight_stage", net, torch.optim.SGD(net.parameters()))
+        folder.forget("arch_stage")  # taken over where only the looking is new: do it again
         set_gates(net, mode="soft", delta=1.0)
         folder.write("look", **seen(0))
         for row in arch_stage(net, data, config, folder=folder):
@@ -205,7 +206,8 @@ def _look_through(config: SearchConfig, out: Path) -> None:
 def run_all(jobs: list[Job], every: dict[str, Job], words: list[str], at_a_time: int) -> int:
     """Start jobs in processes of their own, parents first; returns how many failed."""
     todo = [job for job in jobs if not job.record.exists()]
-    failed, running, number = set(), {}, 0
+    failed: set[str] = set()
+    running: dict[Future[tuple[int, str, float]], Job] = {}
     with ThreadPoolExecutor(at_a_time) as pool:
         while todo or running:
             for job in list(todo):
@@ -216,12 +218,11 @@ def run_all(jobs: list[Job], every: dict[str, Job], words: list[str], at_a_time:
                 elif len(running) < at_a_time and all(need.record.exists() for need in needs):
                     todo.remove(job)
                     running[pool.submit(_in_process, job, words)] = job
-            if not running:
-                missing = [job.key for job in todo]
-                print(json.dumps({"waiting_for_ever": missing}), flush=True)
-                return len(missing) + len(failed)
+            if todo and not running:
+                print(json.dumps({"needs_other_runs_first": [job.key for job in todo]}))
+                return len(todo) + len(failed)
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                number += _report(future, running.pop(future), failed)
+                _report(future, running.pop(future), failed)
     return len(failed)
 
 
@@ -232,7 +233,7 @@ def _in_process(job: Job, words: list[str]) -> tuple[int, str, float]:
     return done.returncode, done.stderr[-2000:], time.perf_counter() - start
 
 
-def _report(future: "Future[tuple[int, str, float]]", job: Job, failed: set[str]) -> int:
+def _report(future: "Future[tuple[int, str, float]]", job: Job, failed: set[str]) -> None:
     code, text, seconds = future.result()
     row: dict[str, Any] = {"job": job.key, "seconds": round(seconds, 1)}
     if code:
@@ -241,7 +242,6 @@ def _report(future: "Future[tuple[int, str, float]]", job: Job, failed: set[str]
     elif (last := runlog.read(job.record)[-1])["kind"] == "result":
         row |= {"macs": last["macs"][1] / last["macs"][0], "tuned": last["fine_tuned_accuracy"]}
     print(json.dumps(row), flush=True)
-    return 1
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -100,7 +100,10 @@ def vgg16_mini() -> SearchConfig:
 
 
 def mobilenetv2_mini() -> SearchConfig:
-    """A quarter of MobileNetV2's width on 4,000 images of CIFAR-10, as ``vgg16_mini``."""
+    """A quarter of MobileNetV2's width on 4,000 images of CIFAR-10, as ``vgg16_mini``.
+
+    Run: ``dnal run mobilenetv2_mini --data-dir FOLDER``.
+    """
     return replace(
         vgg16_mini(),
         name="mobilenetv2_mini",

@@ -191,6 +191,9 @@ def test_schedules_are_the_printed_ones():
     assert paper == pytest.approx(printed, rel=1e-3)
     assert code[:3] == pytest.approx([2.512, 6.310, 15.85], rel=1e-3)
     assert code[-1] == pytest.approx(1e4)
+    assert delta_schedule(5, "linear", 9.0) == [1, 3, 5, 7, 9]
+    assert delta_schedule(3, "constant", 30.0) == [30, 30, 30]
+    assert delta_schedule(1, "linear") == delta_schedule(1, "constant") == [1e4]
     ratios = [b / a for a, b in zip(delta_schedule(20), delta_schedule(20)[1:], strict=False)]
     assert ratios == pytest.approx([1.6238] * 19, rel=1e-4)
 

@@ -15,6 +15,7 @@ def test_every_recipe_goes_the_whole_road_on_toy_images(name, tmp_path):
         data="toy",
         val=32,
         width=0.07,
+        train_images=0,
         weight_epochs=1,
         arch_epochs=1,
         fine_tune_epochs=1,

@@ -230,3 +230,39 @@ def test_bad_data_or_device_writes_nothing(tmp_path):
         with pytest.raises(ValueError, match=r"^.*got "):
             run(bad, tmp_path / "run")
         assert not (tmp_path / "run").exists()
+
+
+def test_a_joint_run_has_one_stage_in_place_of_two_and_no_dense_network(tmp_path):
+    config = changed(optimisation="joint", baseline=False)
+    result = run(config, tmp_path / "joint")
+    stages = {row["stage"] for row in runlog.epochs(tmp_path / "joint")}
+    assert stages == {"joint_stage", "fine_tune"}
+    assert (result["dense_is"], result["dense_accuracy"]) == (None, None)
+    assert runlog.read(tmp_path / "joint")[-2]["kind"] == "epoch"
+    with pytest.raises(ValueError, match="need --baseline false"):
+        changed(optimisation="joint")
+
+    half = changed(
+        optimisation="joint", baseline=False, target_macs=0.5, target_by="shift",
+        weights_from=str(tmp_path / "joint"),
+    )  # fmt: skip
+    result = run(half, tmp_path / "half")
+    assert result["macs"][1] / result["macs"][0] == pytest.approx(0.5, abs=0.1)
+    taken = [row for row in runlog.epochs(tmp_path / "half") if row.get("taken_over")]
+    assert {row["stage"] for row in taken} == {"joint_stage"}
+
+
+def test_a_target_by_shift_keeps_the_price_and_probes_nothing(tmp_path):
+    config = changed(target_macs=0.5, target_by="shift", baseline=False)
+    result = run(config, tmp_path / "run")
+    rows = runlog.read(tmp_path / "run")
+    assert not [row for row in rows if row["kind"] == "probe"]
+    assert result["gate_price"] == CONFIG.gate_price
+    assert result["macs"][1] / result["macs"][0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_run_until_the_gates_ends_before_the_cut(tmp_path):
+    last = run(changed(baseline=False), tmp_path / "run", until="gates")
+    assert (last["kind"], last["stage"], last["epoch"]) == ("epoch", "arch_stage", 3)
+    assert not (tmp_path / "run" / "pruned.safetensors").exists()
+    assert run(changed(baseline=False), tmp_path / "run")["kind"] == "result"

@@ -16,6 +16,7 @@ from dnal_mini.models import MODELS
 from dnal_mini.prune import prune
 from dnal_mini.stages import (
     arch_stage,
+    joint_stage,
     macs_weights,
     meet_target,
     share_of_macs,
@@ -124,3 +125,40 @@ def test_the_shift_that_meets_a_target_is_the_best_of_all(target):
     assert abs(found - target) == pytest.approx(min(abs(share - target) for share in shares))
     for name, gate in gates(net).items():
         torch.testing.assert_close(gate.s.detach(), before[name] + shift)
+
+
+def joint(**fields) -> SearchConfig:
+    return dataclasses.replace(CONFIG, optimisation="joint", baseline=False, **fields)
+
+
+def test_joint_optimisation_trains_weights_and_gates_in_every_epoch():
+    net = add_gates(MODELS["vgg16"](num_classes=DATA.num_classes, width=0.07))
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    rows = [row for row in joint_stage(net, DATA, joint()) if row["kind"] == "epoch"]
+    assert all(not torch.equal(before[name], p) for name, p in net.named_parameters())
+    assert [row["stage"] for row in rows] == ["joint_stage"] * 5  # two and three epochs
+    assert [row["delta"] for row in rows] == pytest.approx([1, 10, 100, 1000, 1e4])
+    assert all(row["price"] > 0 for row in rows)
+
+
+def test_in_joint_optimisation_each_kind_of_parameter_has_its_own_rate():
+    def moved(**rates) -> tuple[bool, bool]:
+        net = add_gates(MODELS["vgg16"](num_classes=DATA.num_classes, width=0.07))
+        first = net.features.conv1.weight.detach().clone()
+        list(joint_stage(net, DATA, joint(weight_epochs=1, arch_epochs=1, **rates)))
+        shift = float((net.features.conv1.weight - first).detach().abs().max())
+        return shift > 1e-4, float(net.features.bn1.gate.s.detach().abs().max()) > 1e-4
+
+    assert moved(weight_lr=0.1, arch_lr=1e-9) == (True, False)
+    assert moved(weight_lr=1e-9, weight_decay=0.0, arch_lr=1.0) == (False, True)
+
+
+def test_weight_decay_on_s_pulls_it_to_zero():
+    def sizes(decay: float) -> float:
+        torch.manual_seed(0)
+        net = add_gates(MODELS["vgg16"](num_classes=DATA.num_classes, width=0.07))
+        config = dataclasses.replace(CONFIG, arch_weight_decay=decay, arch_lr=0.1)
+        list(arch_stage(net, DATA, config))
+        return sum(float(gate.s.detach().abs().sum()) for gate in gates(net).values())
+
+    assert sizes(3.0) < 0.8 * sizes(0.0)
