@@ -104,12 +104,13 @@ def print_fields(config: "SearchConfig", command: str) -> None:
 def known(word: str, names: Iterable[str], what: str) -> str:
     """The word, if it is one of the names.
 
-    Raises: ValueError with the nearest name.
+    Raises: ValueError with the names that begin so, or else the nearest one.
     """
     names = list(names)
     if word in names:
         return word
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    need = near[0] if near else f"one of {', '.join(names)}"
+    begin = [name for name in names if word and name.startswith(word)]
+    near = begin or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    need = " or ".join(near) if near else f"one of {', '.join(names)}"
     help_ = {"field": "dnal run --help", "recipe": "dnal recipes"}.get(what, "dnal --help")
     raise ValueError(f"got {what} {word!r}; need {need}; do see {help_}")

@@ -24,6 +24,7 @@ ROWS = [
     {"channels", "walk", "surgery"},
     {"keeps", "plan"},
     {"prune", "train"},
+    {"microscope"},
     {"netfile"},
     {"config"},
     {"runfolder"},
