@@ -1,8 +1,10 @@
 """The committed run records, and the README that quotes them."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from test_benchmarks import load
 
 from dnal_mini import runlog, seeds
 from dnal_mini.recipes import RECIPES
@@ -11,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results"
 RECORDS = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*_cpu/*.jsonl")])
 TARGETS = sorted(RESULTS.glob("targets/*.jsonl"))
+EXPERIMENTS = {key: job for key, job in load("experiments").plan().items() if job.record.exists()}
+ENDS = {"run": "result", "gates": "epoch", "look": "look"}
 BEGIN, END = "<!-- results: begin", "<!-- results: end -->"
 
 
@@ -61,3 +65,31 @@ def strings(value: object) -> list[str]:
 @pytest.mark.parametrize("path", RECORDS + TARGETS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_record_holds_no_path_of_the_machine(path: Path):
     assert not [text for text in strings(runlog.read(path)) if text.startswith(("/", "~"))]
+
+
+@pytest.mark.parametrize("key", EXPERIMENTS)
+def test_the_record_of_an_experiment_is_that_of_the_plan(key: str):
+    job = EXPERIMENTS[key]
+    rows = runlog.read(job.record)
+    first, last = rows[0], rows[-1]
+    assert (first["kind"], last["kind"]) == ("run", ENDS[job.kind])
+    assert first["commit"]
+    assert first["dirty"] is False
+    settings = dataclasses.asdict(load("experiments").settled(job))
+    elsewhere = {"data_dir", "weights_from"}
+    differ = {n for n, value in settings.items() if first["config"][n] != value} - elsewhere
+    assert not differ
+    assert not [text for text in strings(rows) if text.startswith(("/", "~"))]
+    if job.kind == "run":
+        (cut,) = [row for row in rows if row["kind"] == "prune"]
+        assert cut["certificate"] <= 1e-8
+    trained = [row for row in runlog.epochs(rows) if not row.get("taken_over")]
+    assert all(row["epochs"] == max(r["epoch"] for r in trained if r["stage"] == row["stage"])
+               for row in trained if not row["stage"].startswith("probe"))  # fmt: skip
+
+
+def test_no_record_of_an_experiment_is_beside_the_plan():
+    experiments = load("experiments")
+    planned = {job.record for job in experiments.plan().values()}
+    there = {path for name in experiments.FIRST for path in (RESULTS / name).glob("*")}
+    assert there <= planned
