@@ -92,6 +92,8 @@ def _network(net: str, base: SearchConfig) -> list[Job]:
     jobs.append(Job("joint", net, joint))
     matched = replace(joint, target_by="shift")
     jobs.append(Job("joint", f"{net}-matched", matched, jobs[-1].key, like=key))
+    as_long = replace(base, fine_tune_epochs=base.arch_epochs + base.fine_tune_epochs)
+    jobs.append(Job("joint", f"{net}-sequential-longer", as_long, key))  # weights: as many epochs
     return jobs
 
 
