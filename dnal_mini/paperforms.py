@@ -8,7 +8,7 @@ count then; ``differences`` reads from run records what a setting of theirs chan
 import copy
 import dataclasses
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -109,20 +109,19 @@ def open_share(net: nn.Module) -> float:
     return float(every.double().mean())
 
 
-def differences(folder: str | Path, base: str = "base") -> list[runlog.Row]:
-    """What each variant of a run changes against ``base``, seed by seed; [] without records.
+def differences(variants: Iterable[Path], base: Iterable[Path]) -> list[runlog.Row]:
+    """What each variant of a run changes against the ``base`` run of the same seed.
 
-    Reads ``<variant>-seed<k>.jsonl``; runs that are not finished are left out, and variants that
-    have no seed in common with ``base``. A row: ``variant``, ``changed`` (the settings that differ,
-    with the variant's values), ``seeds``, and a list with one difference per seed for
-    ``accuracy`` (fine-tuned), ``hard_accuracy`` and ``macs_kept`` (share of the dense ones).
+    Both are records named ``<variant>-seed<k>.jsonl``; runs that are not finished are left out,
+    and variants that have no seed in common with ``base``. A row: ``variant``, ``changed`` (the
+    settings that differ, with the variant's values), ``seeds``, and a list with one difference per
+    seed for ``accuracy`` (fine-tuned), ``hard_accuracy`` and ``macs_kept`` (share of the dense).
     """
+    plain = {rows[0]["config"]["seed"]: rows for rows in map(runlog.read, base) if _ended(rows)}
     found: dict[str, dict[int, list[runlog.Row]]] = defaultdict(dict)
-    for path in sorted(Path(folder).glob("*-seed*.jsonl")):
-        rows = runlog.read(path)
-        if rows and rows[-1]["kind"] == "result":
+    for path in sorted(variants):
+        if _ended(rows := runlog.read(path)):
             found[path.stem.rpartition("-seed")[0]][rows[0]["config"]["seed"]] = rows
-    plain = found.pop(base, {})
     table = []
     for variant, runs in found.items():
         if seeds := sorted(runs.keys() & plain.keys()):
@@ -131,6 +130,10 @@ def differences(folder: str | Path, base: str = "base") -> list[runlog.Row]:
             lists = {key: [a[key] - b[key] for a, b in pairs] for key in pairs[0][0]}
             table.append({"variant": variant, "changed": changed, "seeds": seeds, **lists})
     return table
+
+
+def _ended(rows: list[runlog.Row]) -> bool:
+    return bool(rows) and rows[-1]["kind"] == "result"
 
 
 def _outcome(rows: list[runlog.Row]) -> dict[str, float]:
@@ -144,8 +147,8 @@ def _outcome(rows: list[runlog.Row]) -> dict[str, float]:
 
 
 def _changed(rows: list[runlog.Row], base: list[runlog.Row]) -> runlog.Row:
-    """The settings of a run that are not those of ``base``; name, seed and place do not count."""
+    """Settings that differ from ``base``; name, seed, place and the dense rival do not count."""
     defaults = dataclasses.asdict(SearchConfig())
     own, other = defaults | rows[0]["config"], defaults | base[0]["config"]
-    apart = {"name", "seed", *MEANS}
+    apart = {"name", "seed", "baseline", *MEANS}
     return {key: own[key] for key in own if key not in apart and own[key] != other.get(key)}

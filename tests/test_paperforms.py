@@ -162,13 +162,14 @@ def test_a_variant_is_compared_with_the_base_run_of_the_same_seed(tmp_path):
     store(tmp_path, "base-seed0.jsonl", result(0, 0.80, 500))
     store(tmp_path, "base-seed1.jsonl", result(1, 0.60, 300))
     store(tmp_path, "base-seed5.jsonl", result(5, 0.10, 900))
-    other = {"threshold": 0.9, "weights_from": "elsewhere", "name": "made-threshold"}
+    other = {"threshold": 0.9, "weights_from": "elsewhere", "name": "made", "baseline": False}
     store(tmp_path, "threshold-seed1.jsonl", result(1, 0.63, 200, **other))
     store(tmp_path, "threshold-seed0.jsonl", result(0, 0.79, 450, **other))
     store(tmp_path, "threshold-seed7.jsonl", result(7, 0.99, 999, **other))
     unfinished = result(0, 0.5, 500, objective="code")[:1]
     store(tmp_path, "price-form-seed0.jsonl", unfinished)
-    (row,) = differences(tmp_path)
+    store(tmp_path, "base-seed7.jsonl", result(7, 0.10, 900)[:1])
+    (row,) = differences(tmp_path.glob("[pt]*.jsonl"), tmp_path.glob("base*.jsonl"))
     assert row["variant"] == "threshold"
     assert row["changed"] == {"threshold": 0.9}
     assert row["seeds"] == [0, 1]
@@ -177,10 +178,10 @@ def test_a_variant_is_compared_with_the_base_run_of_the_same_seed(tmp_path):
     assert row["macs_kept"] == pytest.approx([-0.05, -0.10])
 
 
-def test_no_folder_and_no_base_run_give_no_rows(tmp_path):
-    assert differences(tmp_path / "missing") == []
+def test_without_records_or_a_base_run_there_is_nothing_to_say(tmp_path):
+    assert differences((tmp_path / "missing").glob("*"), tmp_path.glob("base*")) == []
     store(tmp_path, "threshold-seed0.jsonl", result(0, 0.8, 500, threshold=0.9))
-    assert differences(tmp_path) == []
+    assert differences(tmp_path.glob("*"), tmp_path.glob("base*")) == []
 
 
 def test_records_of_real_runs_are_read(tmp_path):
@@ -189,7 +190,7 @@ def test_records_of_real_runs_are_read(tmp_path):
     for name, config in variants.items():
         last[name] = run(config, tmp_path / name)
         (tmp_path / name / "record.jsonl").rename(tmp_path / f"{name}-seed0.jsonl")
-    (row,) = differences(tmp_path)
+    (row,) = differences(tmp_path.glob("price*.jsonl"), tmp_path.glob("base*.jsonl"))
     assert row["changed"] == {"objective": "code"}
     share = [last[name]["macs"][1] / last[name]["macs"][0] for name in variants]
     assert row["macs_kept"] == pytest.approx([share[1] - share[0]])
