@@ -1,6 +1,7 @@
 """Tables over seeds: mean and spread of runs that differ in nothing else, and what sharing saved.
 
-For records of finished runs, of a sweep or not; trains nothing. Read ``by_settings`` first.
+For records of finished runs, of a sweep or not; trains nothing. Read ``by_settings`` first;
+``variants`` and ``differences`` compare runs whose files are called after what differs.
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ HEAD = (
     ("", "gate", "", *(title for title, _ in QUANTITIES.values())),
     ("recipe", "price", "seeds", *("%" for _ in QUANTITIES)),
 )
+USUAL = {"optimisation": "sequential", "gates_from": "search", "tuned_from": "pruned"}
 CLOSE = 0.01  # accuracy that a reader may give away for a smaller network: one point
 
 
@@ -42,14 +44,17 @@ def by_settings(records: Iterable[Record]) -> list[list[Row]]:
     """Summaries of the finished runs, grouped by all settings but the seed; most MACs first.
 
     Of two runs with the same settings and seed the later one counts. ``setting`` is added to each
-    summary: its gate price, or its target in words.
+    summary: its gate price, or its target in words, and what is not as usual about the run.
     """
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for rows in _finished(records):
         found = runlog.summary(rows)
         config = dataclasses.asdict(SearchConfig()) | rows[0]["config"]
         target, price = config["target_macs"], config["gate_price"]
-        label = f"target {target:g}" if target else f"{price:g}"
+        label = " ".join(
+            [f"target {target:g}" if target else f"{price:g}"]
+            + [config[name] for name, usual in USUAL.items() if config[name] != usual]
+        )
         key = {name: config[name] for name in config if name not in {"seed", *MEANS}}
         groups[json.dumps(key, sort_keys=True)][found["seed"]] = found | {"setting": label}
     return sorted(
@@ -72,11 +77,73 @@ def seeds_table(records: Iterable[Record], markdown: bool = True) -> str:
     for group in by_settings(records):
         cells = []
         for name, (_, form) in QUANTITIES.items():
+            if group[0][name] is None:  # a joint run has no dense network
+                cells.append("-")
+                continue
             mean, deviation = spread([run[name] for run in group])
             around = "" if deviation is None else f" ± {100 * deviation:{form}}"
             cells.append(f"{100 * mean:{form}}{around}")
         body.append([group[0]["name"], group[0]["setting"], str(len(group)), *cells])
     return runlog.format_table(HEAD, body, markdown) if body else ""
+
+
+# What a setting changes, seed by seed ------------------------------------------------------------
+
+
+def variants(folder: str | Path) -> dict[str, dict[int, list[Row]]]:
+    """The rows of the finished runs of a folder, by variant and seed; {} without a folder.
+
+    A file is called ``<variant>-seed<k>.jsonl``, whatever its config says its name is.
+    """
+    found: dict[str, dict[int, list[Row]]] = defaultdict(dict)
+    for path in sorted(Path(folder).glob("*-seed*.jsonl")):
+        for rows in _finished([path]):
+            found[path.stem.rpartition("-seed")[0]][rows[0]["config"]["seed"]] = rows
+    return dict(found)
+
+
+def differences(folder: str | Path, base: str = "base") -> list[Row]:
+    """What each variant of a run changes against ``base``, seed by seed; [] without records.
+
+    ``base``: the variant to compare with, seen from ``folder``; "../other/base" stands in another
+    folder. Variants that have no seed in common with it are left out. A row: ``variant``,
+    ``changed`` (the settings that differ, with the variant's values), ``seeds``, and a list with
+    one difference per seed for ``accuracy`` (fine-tuned), ``hard_accuracy`` and ``macs_kept``
+    (share of the dense ones).
+    """
+    found, place = variants(folder), Path(folder) / base
+    plain = variants(place.parent).get(place.name, {})
+    table = []
+    for variant, runs in found.items():
+        seeds = sorted(runs.keys() & plain.keys())
+        if not seeds or runs == plain:
+            continue
+        pairs = [(_outcome(runs[seed]), _outcome(plain[seed])) for seed in seeds]
+        changed = _changed(runs[seeds[0]], plain[seeds[0]])
+        lists = {key: [a[key] - b[key] for a, b in pairs] for key in pairs[0][0]}
+        table.append({"variant": variant, "changed": changed, "seeds": seeds, **lists})
+    return table
+
+
+def _outcome(rows: list[Row]) -> dict[str, float]:
+    """What a finished run is judged by, from its last row."""
+    last = rows[-1]
+    return {
+        "accuracy": last["fine_tuned_accuracy"],
+        "hard_accuracy": last["hard_accuracy"],
+        "macs_kept": last["macs"][1] / last["macs"][0],
+    }
+
+
+def _changed(rows: list[Row], base: list[Row]) -> Row:
+    """The settings of a run that are not those of ``base``.
+
+    Name, seed and place do not count, nor does whether a dense rival was trained beside.
+    """
+    defaults = dataclasses.asdict(SearchConfig())
+    own, other = defaults | rows[0]["config"], defaults | base[0]["config"]
+    apart = {"name", "seed", "baseline", *MEANS}
+    return {key: own[key] for key in own if key not in apart and own[key] != other.get(key)}
 
 
 # What sharing saved -----------------------------------------------------------------------------
@@ -184,11 +251,13 @@ def headline(records: Iterable[Record]) -> str:
     """The trade-off in one sentence: the fewest MACs at most a point below the dense network.
 
     If no setting comes so near, the one that comes nearest. Means over seeds.
-    Raises: ValueError if no run is finished.
+    Raises: ValueError if no run with a dense network is finished.
     """
     found = []
     for group in by_settings(records):
         kept = statistics.mean(run["macs_kept"] for run in group)
+        if group[0]["dense_accuracy"] is None:
+            continue
         gain = statistics.mean(r["fine_tuned_accuracy"] - r["dense_accuracy"] for r in group)
         found.append((kept, gain, group))
     if not found:
