@@ -6,6 +6,7 @@ are here too, so that a notebook can build its own. Static figures are in ``plot
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,7 +16,7 @@ from dnal_mini.sliderfigure import SliderFigure, live_front_end
 
 __all__ = [
     "DARK", "LIGHT", "Axes", "Bars", "Colour", "Dots", "Frame", "Line", "Mark", "SliderFigure",
-    "gate_figure", "live_front_end", "price_figure",
+    "gate_figure", "live_front_end", "microscope_figure", "price_figure",
 ]  # fmt: skip
 
 
@@ -100,4 +101,80 @@ def price_figure(
         label="epoch",
         alt="Gates over gain divided by price; the paper's form opens those above 1.",
         scale="steps",
+    )
+
+
+FAINT = 1e-8  # a gradient of s below it moves no gate: 1e5 steps at a rate of 1 change s by 0.001
+
+
+def microscope_figure(rows: Sequence[dict[str, Any]], name: str) -> SliderFigure:
+    """What the microscope saw of the gates of a network, under a slider for the epoch.
+
+    ``rows``: a record with rows of kind "look", from before the first step to after the last
+    epoch, and those of the epochs of the architecture stage. ``name``: that of the network.
+    Panels: histogram of all gates; undecided and frozen share of each layer; mean size of the
+    gradient of s in each layer, with and without the price; accuracy with soft and with hard gates
+    so far. Gradients below ``FAINT`` are not drawn.
+
+    Raises: ValueError for a record with fewer than two looks.
+    """
+    looks = {row["epoch"]: row for row in rows if row["kind"] == "look"}
+    if len(looks) < 2:
+        raise ValueError(f"got {len(looks)} looks; need two or more: a record of the microscope")
+    trained = [row for row in rows if row["kind"] == "epoch" and row["stage"] == "arch_stage"]
+    after = {row["epoch"]: row for row in trained}
+    layers = list(looks[min(looks)]["layers"].values())
+    count, depth, last = sum(sum(each["histogram"]) for each in layers), len(layers), max(looks)
+    every = [each["gradient"] for row in looks.values() for each in row["layers"].values()]
+
+    def draw(epoch: float) -> Frame:
+        panels, words = _seen(looks[int(epoch)])
+        when = [e for e in sorted(after) if e <= epoch]
+        soft, hard = ([after[e][f"{of}val_accuracy"] for e in when] for of in ("", "hard_"))
+        accuracy: list[Mark] = [
+            Line(when, soft, "accuracy, soft gates", "purple", dashed=True),
+            Line(when, hard, "accuracy, hard gates", "blue"),
+            Dots(when, soft, "", "purple"),
+            Dots(when, hard, "", "blue"),
+        ]
+        end = f" · accuracy soft {soft[-1]:.1%}, hard {hard[-1]:.1%}" if when else ""
+        return Frame([*panels, accuracy], f"epoch {epoch:g} of {last} · {words}{end}")
+
+    span, top, order = (0.5, depth + 0.5), max(every) * 2, "layer, from the first to the last"
+    return SliderFigure(
+        [
+            Axes(f"{name}: all {count:,} gates", "gate p", "share of the gates", (0, 1), (0, 1)),
+            Axes("Who is undecided, who is frozen", order, "share of its gates", span, (0, 1)),
+            Axes("What still moves", order, "mean size of ∂L/∂s", span, (FAINT, top), y_log=True),
+            Axes("Soft and hard become one", "epoch", "validation accuracy", (0, last), (0, 1)),
+        ],
+        draw,
+        sorted(looks),
+        label="epoch",
+        alt=f"Gates of {name} leave the middle, freeze, and soft and hard accuracy meet.",
+        scale="steps",
+    )
+
+
+def _seen(look: dict[str, Any]) -> tuple[list[list[Mark]], str]:
+    """Three panels and the readout for one row of kind "look"."""
+    layers = list(look["layers"].values())
+    counts = np.array([each["histogram"] for each in layers], dtype=float)
+    place, channels, total = np.arange(1, len(layers) + 1), counts.sum(axis=1), counts.sum()
+    found = {key: np.array([each[key] for each in layers], dtype=float)
+             for key in ("undecided", "frozen", "gradient", "data_gradient")}  # fmt: skip
+    share = {key: float(found[key] @ channels / total) for key in found}
+    drawn = {key: np.where(found[key] < FAINT, np.nan, found[key]) for key in found}
+    seen = np.isfinite(drawn["gradient"])
+    edges, walls = np.linspace(0, 1, counts.shape[1] + 1), np.arange(len(layers) + 1) + 0.5
+    panels: list[list[Mark]] = [
+        [Bars(edges, counts.sum(axis=0) / total, "", "blue")],
+        [Bars(walls, found["undecided"], "undecided", "amber"),
+         Dots(place, found["frozen"], "frozen", "vermilion")],
+        [Line(place, drawn["data_gradient"], "gradient without the price", "grey"),
+         Dots(place[seen], drawn["gradient"][seen], "gradient with it", "green")],
+    ]  # fmt: skip
+    return panels, (
+        f"δ = {look['delta']:,.4g} · undecided {share['undecided']:.1%}, "
+        f"frozen {share['frozen']:.1%} · gradient {share['gradient']:.0e}"
     )
