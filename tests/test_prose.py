@@ -24,6 +24,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "0.9": "definition of undecided",
     },
     "intro": {"10,000": "the last delta, a setting"},
+    "notation": {"10,000": "the last delta, a setting"},
 }
 
 # A language or a directive whose body is no prose.
