@@ -31,7 +31,8 @@ PARTS = {
     ],
     "Networks": ["models", "models.vgg", "models.resnet", "models.mobilenetv2"],
     "Runs and records": ["runfolder", "runlog", "sweep", "seeds", "words", "__main__"],
-    "Figures": ["plots", "widgets"],
+    "Figures": ["plots", "widgets", "sliderfigure", "panels"],
+    "The authors' ways": ["paperforms"],
 }  # fmt: skip
 CONTRACT = [
     "add_gates", "gates", "set_gates", "ScaledSigmoid", "delta_schedule", "prune", "Pruned",

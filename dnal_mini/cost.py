@@ -314,6 +314,8 @@ def interleaved(
     """Seconds of every timed pass of several nets, timed in turns; a list per net.
 
     Each timed pass follows an untimed one of the same net, as in a service that runs one net.
+
+    Raises: ValueError for a budget of no seconds or no repetition.
     """
     if not budget_s > 0 or min_repeats < 1:
         raise ValueError(f"got budget_s {budget_s}, min_repeats {min_repeats}; need both above 0")

@@ -26,7 +26,10 @@ def line_of(error: BaseException) -> str:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Sorted names in a folder, hidden ones left out."""
+    """Sorted names in a folder, hidden ones left out.
+
+    Raises: ValueError for a folder that is not there or cannot be read.
+    """
     try:
         return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
     except OSError as error:
@@ -37,7 +40,10 @@ def names_in(folder: Path) -> list[str]:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files of one class by name, at least one."""
+    """Image files of one class by name.
+
+    Raises: ValueError for a folder without an image.
+    """
     files = [folder / name for name in names_in(folder) if Path(name).suffix.lower() in SUFFIXES]
     if not files:
         raise ValueError(
@@ -48,7 +54,10 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def class_names(root: Path) -> tuple[str, ...]:
-    """Class folders of train, sorted; test must have the same, none empty. Opens no image."""
+    """Class folders of train, sorted. Opens no image.
+
+    Raises: ValueError if there are none, or test has other ones.
+    """
     train, test = (
         [name for name in names_in(root / split) if (root / split / name).is_dir()]
         for split in ("train", "test")

@@ -223,6 +223,8 @@ def training_curves(
     Table: one row per epoch in the order of training, with ``stage`` and the accuracy column;
     ``kept`` (share of open gates) is drawn if there is such a column, ``seed`` gives one thin line
     per seed and the median as a thick one.
+
+    Raises: ValueError for seeds that do not have the same stages.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 def overrides(words: list[str], config: "SearchConfig") -> dict[str, Any]:
-    """``--field value`` pairs as a dict of typed values; "out" may be among them."""
+    """``--field value`` pairs as a dict of typed values; "out" may be among them.
+
+    Raises: ValueError for a word without a flag, a flag without a value, an unknown field, or a
+    value of another type.
+    """
     types = get_type_hints(type(config))
     names = [field.name for field in dataclasses.fields(config)] + ["out"]
     rest, values = list(words), {}
@@ -34,7 +38,10 @@ def overrides(words: list[str], config: "SearchConfig") -> dict[str, Any]:
 
 
 def typed(flag: str, value: Any, kind: Any) -> Any:
-    """The value as one of the annotation, read by tyro."""
+    """The value as one of the annotation, read by tyro.
+
+    Raises: ValueError for a value of another type, with what is needed.
+    """
     import tyro
 
     values = value if isinstance(value, list) else [value]
@@ -50,7 +57,10 @@ def typed(flag: str, value: Any, kind: Any) -> Any:
 
 
 def take(words: list[str], flag: str) -> str | None:
-    """The text of ``--flag TEXT`` or ``--flag=TEXT``, taken out of the words; None if not there."""
+    """The text of ``--flag TEXT`` or ``--flag=TEXT``, taken out of the words; None if not there.
+
+    Raises: ValueError for a flag at the end without a text.
+    """
     for at, word in enumerate(words):
         name, equals, text = word.partition("=")
         if name == flag:
