@@ -1,7 +1,7 @@
 """Tables over seeds: mean and spread of runs that differ in nothing else, and what sharing saved.
 
 For records of finished runs, of a sweep or not; trains nothing. Read ``by_settings`` first;
-``variants`` and ``differences`` compare runs whose files are called after what differs.
+``variants`` groups runs whose files are called after what differs.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def seeds_table(records: Iterable[Record], markdown: bool = True) -> str:
     return runlog.format_table(HEAD, body, markdown) if body else ""
 
 
-# What a setting changes, seed by seed ------------------------------------------------------------
+# Runs that are called after what differs --------------------------------------------------------
 
 
 def variants(folder: str | Path) -> dict[str, dict[int, list[Row]]]:
@@ -100,50 +100,6 @@ def variants(folder: str | Path) -> dict[str, dict[int, list[Row]]]:
         for rows in _finished([path]):
             found[path.stem.rpartition("-seed")[0]][rows[0]["config"]["seed"]] = rows
     return dict(found)
-
-
-def differences(folder: str | Path, base: str = "base") -> list[Row]:
-    """What each variant of a run changes against ``base``, seed by seed; [] without records.
-
-    ``base``: the variant to compare with, seen from ``folder``; "../other/base" stands in another
-    folder. Variants that have no seed in common with it are left out. A row: ``variant``,
-    ``changed`` (the settings that differ, with the variant's values), ``seeds``, and a list with
-    one difference per seed for ``accuracy`` (fine-tuned), ``hard_accuracy`` and ``macs_kept``
-    (share of the dense ones).
-    """
-    found, place = variants(folder), Path(folder) / base
-    plain = variants(place.parent).get(place.name, {})
-    table = []
-    for variant, runs in found.items():
-        seeds = sorted(runs.keys() & plain.keys())
-        if not seeds or runs == plain:
-            continue
-        pairs = [(_outcome(runs[seed]), _outcome(plain[seed])) for seed in seeds]
-        changed = _changed(runs[seeds[0]], plain[seeds[0]])
-        lists = {key: [a[key] - b[key] for a, b in pairs] for key in pairs[0][0]}
-        table.append({"variant": variant, "changed": changed, "seeds": seeds, **lists})
-    return table
-
-
-def _outcome(rows: list[Row]) -> dict[str, float]:
-    """What a finished run is judged by, from its last row."""
-    last = rows[-1]
-    return {
-        "accuracy": last["fine_tuned_accuracy"],
-        "hard_accuracy": last["hard_accuracy"],
-        "macs_kept": last["macs"][1] / last["macs"][0],
-    }
-
-
-def _changed(rows: list[Row], base: list[Row]) -> Row:
-    """The settings of a run that are not those of ``base``.
-
-    Name, seed and place do not count, nor does whether a dense rival was trained beside.
-    """
-    defaults = dataclasses.asdict(SearchConfig())
-    own, other = defaults | rows[0]["config"], defaults | base[0]["config"]
-    apart = {"name", "seed", "baseline", *MEANS}
-    return {key: own[key] for key in own if key not in apart and own[key] != other.get(key)}
 
 
 # What sharing saved -----------------------------------------------------------------------------

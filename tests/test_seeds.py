@@ -214,50 +214,15 @@ def test_a_run_without_a_dense_network_has_a_line_of_its_own_and_no_loss():
     assert seeds.headline(rows) == "digits: 2.00 points less with 25% of the MACs (1 seed)"
 
 
-# --- what a setting changes --------------------------------------------------------------------
+# --- runs that are called after what differs ---------------------------------------------------
 
 
-def store(path: Path, rows: list[Row]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def outcome(seed: int, tuned: float, macs: int, **fields: object) -> list[Row]:
-    """A record whose accuracy with hard gates is half of that after fine-tuning."""
-    *rows, last = record(tuned, macs, seed=seed, **fields)
-    return [*rows, last | {"hard_accuracy": tuned / 2}]
-
-
-def test_a_variant_is_compared_with_the_base_of_the_same_seed_in_another_folder(tmp_path):
-    for seed, tuned, macs in ((0, 0.80, 500), (1, 0.60, 300), (5, 0.10, 900)):
-        run = outcome(seed, tuned, macs, baseline=True)
-        store(tmp_path / "plain" / f"net-seed{seed}.jsonl", run)
-    steep = {"threshold": 0.9, "weights_from": "elsewhere", "name": "other", "baseline": False}
-    for seed, tuned, macs in ((1, 0.63, 200), (0, 0.79, 450), (7, 0.99, 999)):
-        run = outcome(seed, tuned, macs, **steep)
-        store(tmp_path / "changed" / f"steep-seed{seed}.jsonl", run)
-    store(tmp_path / "changed" / "code-seed0.jsonl", outcome(0, 0.5, 500)[:-1])  # not finished
-    (row,) = seeds.differences(tmp_path / "changed", "../plain/net")
-    assert (row["variant"], row["seeds"]) == ("steep", [0, 1])
-    assert row["changed"] == {"threshold": 0.9}
-    assert row["accuracy"] == pytest.approx([-0.01, 0.03])
-    assert row["hard_accuracy"] == pytest.approx([-0.005, 0.015])
-    assert row["macs_kept"] == pytest.approx([-0.05, -0.10])
-
-
-def test_the_base_is_no_variant_of_itself_and_missing_records_give_no_rows(tmp_path):
-    assert seeds.differences(tmp_path / "missing") == []
-    store(tmp_path / "all" / "other-seed3.jsonl", outcome(3, 0.7, 400))
-    assert seeds.differences(tmp_path / "all") == []
-    store(tmp_path / "all" / "base-seed3.jsonl", outcome(3, 0.5, 100))
-    (row,) = seeds.differences(tmp_path / "all")
-    assert row["accuracy"] == pytest.approx([0.2])
-
-
-def test_variants_are_called_after_their_files(tmp_path):
-    store(tmp_path / "x-seed1.jsonl", outcome(1, 0.7, 400))
-    store(tmp_path / "x-seed0.jsonl", outcome(0, 0.7, 400))
-    store(tmp_path / "y-seed0.jsonl", outcome(0, 0.7, 400)[:-1])
-    found = seeds.variants(tmp_path)
-    assert {name: sorted(runs) for name, runs in found.items()} == {"x": [0, 1]}
-    assert found["x"][1][-1]["fine_tuned_accuracy"] == 0.7
+def test_variants_are_called_after_their_files_and_have_their_seeds(tmp_path):
+    assert seeds.variants(tmp_path / "missing") == {}
+    whole = {
+        name: record(0.7, seed=int(name[-1])) for name in ("a-seed-seed1", "b-seed3", "b-seed0")
+    }
+    for name, rows in (whole | {"c-seed0": record(0.7)[:-1]}).items():  # c is not finished
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    expected = {"a-seed": {1: whole["a-seed-seed1"]}}
+    assert seeds.variants(tmp_path) == expected | {"b": {0: whole["b-seed0"], 3: whole["b-seed3"]}}
