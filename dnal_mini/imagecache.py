@@ -56,7 +56,7 @@ def image_files(folder: Path) -> list[Path]:
 def class_names(root: Path) -> tuple[str, ...]:
     """Class folders of train, sorted. Opens no image.
 
-    Raises: ValueError if there are none, or test has other ones.
+    Raises: ValueError if there are none, test has other ones, or one of test is empty.
     """
     train, test = (
         [name for name in names_in(root / split) if (root / split / name).is_dir()]

@@ -12,6 +12,7 @@ import handout
 import nbformat
 import pytest
 import status
+import yaml
 
 from dnal_mini.config import SearchConfig
 from dnal_mini.gate import ScaledSigmoid
@@ -190,3 +191,11 @@ def test_the_page_of_numbers_counts_every_record_and_every_notebook():
 def test_a_table_is_myst():
     rows = [{"a": 1, "b": "x"}, {"a": 2, "b": ""}]
     assert status.markdown(rows) == ["| a | b |", "|:--|:--|", "| 1 | x |", "| 2 |  |"]
+
+
+def test_the_map_leads_to_every_page_of_the_book():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    files = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    linked = re.findall(r"\{doc\}`(?:[^`]*</)?([^`>]+)>?`", (BOOK / "intro.md").read_text("utf-8"))
+    assert len(files) >= 12
+    assert [file for file in files if file.removeprefix("book/") not in linked] == []
