@@ -4,12 +4,15 @@ BIN := .venv/bin
 READY := .venv/ready
 PROSE := README.md CONTRIBUTING.md book notebooks dnal_mini tests
 
-.PHONY: setup test lint notebooks book lab clean
+.PHONY: setup test slow lint notebooks book lab clean
 
 setup: $(READY)
 
 test: $(READY)
 	$(BIN)/python book/render.py && $(BIN)/python -m pytest --nbmake tests notebooks
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow tests
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell $(PROSE)
