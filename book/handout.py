@@ -16,10 +16,16 @@ PLACE = "# Your answer to exercise {}"
 EXERCISES = 3
 
 
-def is_solution(cell: Any) -> bool:
-    """True for a hidden code cell that the book stores below its exercises."""
-    hidden = "hide-cell" in cell.metadata.get("tags", [])
-    return cell.cell_type == "code" and hidden and cell.get("id") != "setup"
+def solutions(notebook: Any) -> list[Any]:
+    """The hidden code cells below the exercises; other hidden cells are helpers and stay."""
+    starts = [k for k, cell in enumerate(notebook.cells) if _asks(cell)]
+    below = notebook.cells[starts[-1] :] if starts else []
+    hidden = [cell for cell in below if "hide-cell" in cell.metadata.get("tags", [])]
+    return [cell for cell in hidden if cell.cell_type == "code"]
+
+
+def _asks(cell: Any) -> bool:
+    return cell.cell_type == "markdown" and "## Exercises" in cell.source
 
 
 def is_place(cell: Any) -> bool:
@@ -33,13 +39,14 @@ def without_solutions(notebook: Any) -> Any:
 
     given = copy.deepcopy(notebook)
     cells: list[Any] = []
+    solved = {cell.id for cell in solutions(given)}
     for cell in given.cells:
-        if is_solution(cell):
+        if cell.id in solved:
             continue
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
         cells.append(cell)
-        if cell.cell_type == "markdown" and "## Exercises" in cell.source:
+        if _asks(cell):
             for k in range(EXERCISES):
                 cells.append(new_code_cell(PLACE.format(k + 1), id=f"answer{k + 1}"))
     given.cells = cells

@@ -150,7 +150,7 @@ def test_every_term_that_a_page_links_to_is_in_the_glossary():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_handout_has_the_exercises_and_no_solution(path: Path):
     notebook = nbformat.read(path, as_version=4)
-    solved = [cell for cell in notebook.cells if handout.is_solution(cell)]
+    solved = handout.solutions(notebook)
     given = handout.without_solutions(notebook)
     code = [cell for cell in given.cells if cell.cell_type == "code"]
     assert len(solved) >= 3, "three exercises, solved"
