@@ -256,7 +256,7 @@ def page() -> str:
         lines.append(f"\n## {title}\n")
         for module in (each for each in part if each in modules()):
             tree = parse(module)
-            lines += [f"### `dnal_mini.{module}`\n", *described(doc(tree))]
+            lines += [f"### `{module}`\n", *described(doc(tree))]
             for entry in entries(tree):
                 lines += section(module, entry, code)
     names = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"

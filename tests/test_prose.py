@@ -57,6 +57,7 @@ NOT_RESULTS = [
     re.compile(r"\b\d+[ -]bits?\b"),
     re.compile(r"\b[A-Z][\w.]+(?: (?:et al\.|and [A-Z]\w+))?,? \(?(?:19|20)\d\d\b"),  # Guo 2022
     re.compile(r"\bCC BY \d\.\d"),
+    re.compile(r"\bbudget: \d+ s\b"),  # said by the cell that checks it
 ]
 UNITS = {"k": 1e3, "M": 1e6, "G": 1e9, "million": 1e6, "billion": 1e9}
 UNIT = (

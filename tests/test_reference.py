@@ -81,7 +81,7 @@ def test_the_api_page_names_every_public_name_of_every_module():
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         kinds = (ast.FunctionDef, ast.ClassDef)
         names = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, kinds)}
-        shown = text.partition(f"\n### `dnal_mini.{module}`\n")[2].partition("\n### ")[0]
+        shown = text.partition(f"\n### `{module}`\n")[2].partition("\n### ")[0]
         missing = {n for n in names if not n.startswith("_") and f"#### `{n}`" not in shown}
         assert shown, f"{module} is not on the page"
         assert not missing, f"{module}: {missing}"
