@@ -374,15 +374,17 @@ def _caption(found: Row) -> str:
     """What was run, where, and how long each stage took, in lines of one screen."""
     device, commit = found["device"] or {}, found["commit"] or "unknown"
     seconds = {key: value for key, value in (found["seconds"] or {}).items() if value}
-    dense = "trained on as long" if found["dense_is"] == "baseline" else "that of the weight stage"
+    dense = {"baseline": "; the dense network is trained on as long", None: ""}
+    stage_1 = shown(found["weight_stage_accuracy"], ".2%")
+    before = f"after the weight stage {stage_1}, " if found["dense_is"] else ""
     sentences = (
         f"{found['name']}: {found['model']}, gate price {shown(found['gate_price'], 'g')}, "
         f"seed {found['seed']}, commit {commit[:10]}.",
         f"On {device.get('name')}, {device.get('threads')} threads: "
         + ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
         + ".",
-        f"Test accuracy after the weight stage {shown(found['weight_stage_accuracy'], '.2%')}, "
-        f"with hard gates {shown(found['hard_accuracy'], '.2%')}; the dense network is {dense}.",
+        f"Test accuracy {before}with hard gates {shown(found['hard_accuracy'], '.2%')}"
+        f"{dense.get(found['dense_is'], '; the dense network is that of the weight stage')}.",
     )
     return "\n".join(textwrap.fill(line, COLUMNS_OF_A_SCREEN) for line in sentences)
 

@@ -298,3 +298,13 @@ def test_the_epochs_table_leaves_out_figures_that_no_row_has(tmp_path: Path):
         ["weight_stage", "1/7", "0.5000", "50.0%"],
         ["fine_tune", "2/7", "0.5000", "75.0%"],
     ]
+
+
+def test_a_report_names_the_dense_network_only_where_there_is_one(tmp_path: Path):
+    joint = RESULT | {"dense_is": None, "dense_accuracy": None, "weight_stage_accuracy": None}
+    texts = [
+        " ".join(runlog.final_table(written(tmp_path / name, result=result)).split())
+        for name, result in (("a.jsonl", RESULT | {"dense_is": "baseline"}), ("b.jsonl", joint))
+    ]
+    assert "after the weight stage 96.11%, with hard gates 95.55%; the dense network" in texts[0]
+    assert "Test accuracy with hard gates 95.55%. dense" in texts[1]
