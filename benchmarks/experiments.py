@@ -122,7 +122,11 @@ def _settings(base: SearchConfig) -> list[Job]:
         "threshold0.9": {"threshold": 0.9},
     }
     key = f"base/vgg16-seed{base.seed}"
-    jobs = [Job("ablations", name, replace(base, **new), key) for name, new in changes.items()]
+    jobs = [
+        # momentum is emptied in every stage, so that these do not share the first one
+        Job("ablations", name, replace(base, **new), "" if "reset_momentum" in new else key)
+        for name, new in changes.items()
+    ]
     code = replace(base, objective="code", gate_price=3e-3)
     return [*jobs, Job("ablations", "code-price-matched", code, key, like=key)]
 
