@@ -30,7 +30,8 @@ if ADDRESS and "google.colab" in sys.modules and not Path("../dnal_mini").is_dir
     if not Path("book").is_dir():
         subprocess.run(["git", "clone", "-q", "--depth=1", "-blaunch", ADDRESS, "book"], check=True)
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "./book"], check=True)
-    os.chdir("book/notebooks")"""
+    os.chdir("book/notebooks")
+    sys.path.insert(0, str(Path("..").resolve()))  # its package: the records are beside"""
 
 
 def repository() -> str:
