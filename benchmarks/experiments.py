@@ -2,9 +2,9 @@
 
     python benchmarks/experiments.py --data-dir FOLDER --runs DIR [--jobs 2] [NAME_BEGINS ...]
 
-Every run is on CIFAR-10 with three seeds (the microscope: one), one thread, and leaves a record in ``results/``; a
-call again goes on where the last one stopped. ``plan`` lists them all: read it first. ``--list``
-prints them. Hours on a core; prints one JSON line per finished run.
+Every run is on CIFAR-10 with three seeds (the microscope: one) and one thread, and leaves a record
+in ``results/``; a call again goes on where the last one stopped. ``plan`` lists them all: read it
+first. ``--list`` prints them. Hours on a core; prints one JSON line per finished run.
 """
 
 import argparse
