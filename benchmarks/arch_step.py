@@ -27,18 +27,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dnal_mini.data import toy_images
-from dnal_mini.gate import (
-    GatedNorm,
-    ScaledSigmoid,
-    add_gates,
-    arch_parameters,
-    open_gates,
-    set_gates,
-)
+from dnal_mini.data.sources import toy_images
+from dnal_mini.gating import add_gates, arch_parameters, open_gates, set_gates
+from dnal_mini.layers.gated_norm import GatedNorm
+from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.models import MODELS
-from dnal_mini.runlog import RunLog, describe_run
-from dnal_mini.train import as_input, autocast, pick_device, pick_dtype
+from dnal_mini.runs.origin import describe_run
+from dnal_mini.runs.runlog import RunLog
+from dnal_mini.training.devices import pick_device, pick_dtype
+from dnal_mini.training.loop import as_input, autocast
 
 GOALS = {"vgg16": 0.72, "resnet56": 0.75, "mobilenetv2": 0.85}
 MEMORY_GOAL = 1.0

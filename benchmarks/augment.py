@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dnal_mini import data
+from dnal_mini.data.augment import augment, normalise
+from dnal_mini.data.sources import CIFAR10_MEAN, CIFAR10_STD
 
-MEAN, STD = data.CIFAR10_MEAN, data.CIFAR10_STD
+MEAN, STD = CIFAR10_MEAN, CIFAR10_STD
 
 
 def whole_batch(images: Tensor) -> Tensor:
     """The package's way."""
-    return data.normalise(data.augment(images, torch.default_generator), MEAN, STD)
+    return normalise(augment(images, torch.default_generator), MEAN, STD)
 
 
 def one_by_one(images: Tensor) -> Tensor:

@@ -20,12 +20,15 @@ from typing import Any, Literal
 
 import torch
 
-from dnal_mini import microscope, recipes, runlog, search
+from dnal_mini import recipes
 from dnal_mini.config import SearchConfig
-from dnal_mini.data import Split
-from dnal_mini.gate import add_gates, gates, set_gates
-from dnal_mini.runfolder import RunFolder
-from dnal_mini.stages import arch_stage, numerics
+from dnal_mini.data.imageset import Split
+from dnal_mini.gating import add_gates, gates, set_gates
+from dnal_mini.measure import microscope
+from dnal_mini.runs import runlog
+from dnal_mini.runs.runfolder import RunFolder
+from dnal_mini.search.driver import _placed, build, load_data, run
+from dnal_mini.search.stages import arch_stage, numerics
 
 RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (0, 1, 2)
@@ -174,7 +177,7 @@ def run_job(job: Job, runs: Path, data_dir: str) -> None:
     if job.kind == "look":
         _look_through(config, out)
     else:
-        search.run(config, out, until="gates" if job.kind == "gates" else None)
+        run(config, out, until="gates" if job.kind == "gates" else None)
     job.record.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(out / runlog.FILE_NAME, job.record)
 
@@ -182,8 +185,8 @@ def run_job(job: Job, runs: Path, data_dir: str) -> None:
 def _look_through(config: SearchConfig, out: Path) -> None:
     """An architecture stage that is measured before its first epoch and after each."""
     shutil.rmtree(out, ignore_errors=True)
-    data = search.load_data(config)
-    net = add_gates(search._placed(search.build(config, data), config, data), config.order)
+    data = load_data(config)
+    net = add_gates(_placed(build(config, data), config, data), config.order)
     some = Split(data.train.images[:LOOKED_AT], data.train.labels[:LOOKED_AT])
 
     def seen(epoch: int) -> dict[str, Any]:

@@ -21,11 +21,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dnal_mini.data import ImageSet, augment, normalise, toy_images
+from dnal_mini.data.augment import augment, normalise
+from dnal_mini.data.imageset import ImageSet
+from dnal_mini.data.sources import toy_images
 from dnal_mini.models import MODELS
-from dnal_mini.runlog import RunLog, describe_run
-from dnal_mini.schedules import constant
-from dnal_mini.train import as_input, autocast, fit, pick_device, pick_dtype
+from dnal_mini.runs.origin import describe_run
+from dnal_mini.runs.runlog import RunLog
+from dnal_mini.training.devices import pick_device, pick_dtype
+from dnal_mini.training.loop import as_input, autocast, fit
+from dnal_mini.training.schedules import constant
 
 GOAL = 0.95
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import dnal_mini as dnal  # before torchvision, whose missing operators it repairs
-from dnal_mini.compare import FORMS, compare
-from dnal_mini.cost import latency_pair, layer_table
-from dnal_mini.deploy import deploy
+from dnal_mini.deployment.fold import deploy
+from dnal_mini.measure.compare import FORMS, compare
+from dnal_mini.measure.cost import layer_table
+from dnal_mini.measure.latency import latency_pair
 
 TARGETS = {"resnet50": 0.75, "vgg16_bn": 0.9, "mobilenet_v2": 0.6}
 SHAPE, MACS_RATIO = (3, 224, 224), 3.9

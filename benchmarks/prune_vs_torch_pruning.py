@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import dnal_mini as dnal  # before torchvision, whose missing operators it repairs
-from dnal_mini.prune import cut_net
+from dnal_mini.pruning.pruner import cut_net
 
 KEEP = 0.5
 NETS = (

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from dnal_mini.data import toy_images
+from dnal_mini.data.sources import toy_images
 from dnal_mini.models import MODELS
-from dnal_mini.runlog import RunLog, describe_run
-from dnal_mini.schedules import constant
-from dnal_mini.train import fit, pick_device, pick_dtype
+from dnal_mini.runs.origin import describe_run
+from dnal_mini.runs.runlog import RunLog
+from dnal_mini.training.devices import pick_device, pick_dtype
+from dnal_mini.training.loop import fit
+from dnal_mini.training.schedules import constant
 
 Setting = tuple[int, float, int]  # images, width, batch
 

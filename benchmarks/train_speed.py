@@ -12,10 +12,12 @@ from collections import defaultdict
 
 import torch
 
-from dnal_mini.data import toy_images
-from dnal_mini.gate import add_gates, arch_parameters, open_gates, set_gates, weight_parameters
+from dnal_mini.data.sources import toy_images
+from dnal_mini.gating import add_gates, arch_parameters, open_gates, set_gates, weight_parameters
 from dnal_mini.models import vgg16
-from dnal_mini.train import constant, fit, only_training, pick_dtype
+from dnal_mini.training.devices import pick_dtype
+from dnal_mini.training.loop import fit, only_training
+from dnal_mini.training.schedules import constant
 
 FULL_STEPS, ROUNDS, BATCH = 4, 3, 128
 dtype = pick_dtype("auto", torch.device("cpu"))

@@ -20,19 +20,15 @@ PACKAGE = ROOT / "dnal_mini"
 PAGE = Path(__file__).parent / "api.md"
 # In the order in which the book needs them; modules that no part names follow at the end.
 PARTS = {
-    "The gate": ["gate", "schedules"],
-    "Images and training": ["data", "train"],
-    "The search": ["stages", "search", "config", "recipes", "budget", "controls", "microscope"],
-    "Counting and measuring": ["cost", "compare"],
-    "The cut": ["prune", "plan", "netfile", "deploy"],
-    "How the cut is found": [
-        "channels", "facts", "operations", "rules", "graphs", "shadow", "functional", "keeps",
-        "dropgates", "surgery", "walk", "channelmap",
-    ],
-    "Networks": ["models", "models.vgg", "models.resnet", "models.mobilenetv2"],
-    "Runs and records": ["runfolder", "runlog", "sweep", "seeds", "words", "__main__"],
-    "Figures": ["plots", "widgets", "sliderfigure", "panels"],
-    "The authors' ways": ["paperforms"],
+    "The gate": ["gating", "layers"],
+    "Images and training": ["data", "training"],
+    "The search": ["search", "config", "recipes", "methods"],
+    "Counting and measuring": ["measure"],
+    "The cut": ["pruning", "graph"],
+    "Other places": ["deployment"],
+    "Networks": ["models"],
+    "Runs and records": ["runs", "cli", "__main__"],
+    "Figures": ["figures"],
 }  # fmt: skip
 CONTRACT = [
     "add_gates", "gates", "set_gates", "ScaledSigmoid", "delta_schedule", "prune", "Pruned",
@@ -250,9 +246,13 @@ def page() -> str:
         link = f"{{ref}}`{name} <{anchor(where[name], name)}{kind}>`"
         first = escaped(re.split(r"\n\s*\n", found[0].docstring)[0])
         lines.append(f"| {link} | `{where[name]}` | {' '.join(first.split())} |")
-    named = [module for part in PARTS.values() for module in part]
+    parts = {
+        title: [m for name in names for m in modules() if m == name or m.startswith(f"{name}.")]
+        for title, names in PARTS.items()
+    }
+    named = [module for part in parts.values() for module in part]
     rest = [module for module in modules() if module not in named]
-    for title, part in {**PARTS, "Further modules": rest}.items():
+    for title, part in {**parts, "Further modules": rest}.items():
         lines.append(f"\n## {title}\n")
         for module in (each for each in part if each in modules()):
             tree = parse(module)

@@ -4,14 +4,18 @@ The public names. Importing the package loads torch and nothing heavier.
 """
 
 from dnal_mini import models, recipes
-from dnal_mini.compare import Comparison, compare
-from dnal_mini.cost import Cost, Latency, cost, latency
-from dnal_mini.data import fix_torchvision
-from dnal_mini.deploy import deploy, export
-from dnal_mini.gate import ScaledSigmoid, add_gates, delta_schedule, gates, set_gates
-from dnal_mini.netfile import load, save
-from dnal_mini.prune import Pruned, prune
-from dnal_mini.search import SearchConfig, run
+from dnal_mini.config import SearchConfig
+from dnal_mini.data.torchvision import fix_torchvision
+from dnal_mini.deployment.export import export
+from dnal_mini.deployment.fold import deploy
+from dnal_mini.gating import add_gates, delta_schedule, gates, set_gates
+from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
+from dnal_mini.measure.compare import Comparison, compare
+from dnal_mini.measure.cost import Cost, cost
+from dnal_mini.measure.latency import Latency, latency
+from dnal_mini.pruning.netfile import load, save
+from dnal_mini.pruning.pruner import Pruned, prune
+from dnal_mini.search.driver import run
 
 __all__ = [
     "Comparison", "Cost", "Latency", "Pruned", "ScaledSigmoid", "SearchConfig", "add_gates",

@@ -1,14 +1,16 @@
 """All settings of a search in one frozen dataclass, checked when it is made."""
 
 import dataclasses
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
-from dnal_mini.controls import Rule
-from dnal_mini.gate import DeltaForm, Objective, Order
-from dnal_mini.prune import Residual
-from dnal_mini.train import Precision
+from dnal_mini.gating import DeltaForm, Objective, Order
+from dnal_mini.methods.controls import Rule
+from dnal_mini.pruning.pruner import Residual
+from dnal_mini.training.devices import Precision
 
 ScheduleName = Literal["constant", "cosine", "one-cycle"]
 
@@ -162,8 +164,14 @@ class SearchConfig:
 
 # They say where and with what, not what: not in comparisons of runs. Paths are kept out of records.
 PATHS = ("data_dir", "weights_from")
+
+
 MEANS = (*PATHS, "checkpoint_s", "devices", "num_nodes", "strategy")
+
+
 TINY = 1e-12
+
+
 RANGES = {
     "val": (1, math.inf), "train_images": (0, math.inf), "crop": (0, 64), "width": (TINY, 64),
     "weight_epochs": (1, math.inf),
@@ -175,3 +183,18 @@ RANGES = {
     "devices": (1, 1024), "num_nodes": (1, 65536), "delta_max": (1, 1e9),
     "threshold": (1e-6, 1 - 1e-6), "floor": (0, 1), "seed": (0, 2**62),
 }  # fmt: skip
+
+
+def known(word: str, names: Iterable[str], what: str) -> str:
+    """The word, if it is one of the names.
+
+    Raises: ValueError with the names that begin so, or else the nearest one.
+    """
+    names = list(names)
+    if word in names:
+        return word
+    begin = [name for name in names if word and name.startswith(word)]
+    near = begin or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    need = " or ".join(near) if near else f"one of {', '.join(names)}"
+    help_ = {"field": "dnal run --help", "recipe": "dnal recipes"}.get(what, "dnal --help")
+    raise ValueError(f"got {what} {word!r}; need {need}; do see {help_}")

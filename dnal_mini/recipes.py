@@ -183,8 +183,14 @@ def _fast(paper: SearchConfig) -> SearchConfig:
 
 
 SMALL = (cifar10_cpu, resnet56_cpu, vgg16_mini, mobilenetv2_mini)
+
+
 PAPER = (vgg16_cifar10, resnet56_cifar10, mobilenetv2_cifar10)
+
+
 FAST = (vgg16_cifar10_fast, resnet56_cifar10_fast, mobilenetv2_cifar10_fast)
+
+
 RECIPES: dict[str, Callable[[], SearchConfig]] = {
     recipe.__name__: recipe for recipe in (digits, *SMALL, *PAPER, *FAST)
 }

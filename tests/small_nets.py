@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from dnal_mini.channels import analyse
-from dnal_mini.facts import CONSTANT, FIXED, ZERO, Analysis
-from dnal_mini.gate import add_gates, arch_parameters, set_gates
+from dnal_mini.gating import add_gates, arch_parameters, set_gates
 from dnal_mini.models import MODELS
-from dnal_mini.prune import Pruned
-from dnal_mini.shadow import Shadow
+from dnal_mini.pruning.analysis import analyse
+from dnal_mini.pruning.facts import CONSTANT, FIXED, ZERO, Analysis
+from dnal_mini.pruning.provenance import Shadow
+from dnal_mini.pruning.pruner import Pruned
 
 SHAPE = (3, 16, 16)
 NETS = {

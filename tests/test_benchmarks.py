@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dnal_mini.gate import add_gates, arch_parameters, set_gates
-from dnal_mini.runlog import read
+from dnal_mini.gating import add_gates, arch_parameters, set_gates
+from dnal_mini.runs.runlog import read
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 

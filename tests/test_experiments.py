@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_benchmarks import load
 
-from dnal_mini import runlog
 from dnal_mini.config import SearchConfig
+from dnal_mini.runs import runlog
 
 experiments = load("experiments")
 TINY = {

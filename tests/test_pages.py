@@ -17,7 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from dnal_mini.widgets import Axes, Dots, Frame, SliderFigure
+from dnal_mini.figures.slider import SliderFigure
+from dnal_mini.figures.svg import Axes, Dots, Frame
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dnal_mini.cost import authors_counting
+from dnal_mini.measure.authors import authors_counting
 from dnal_mini.models import MODELS
 
 PATH = Path(__file__).parents[1] / "book" / "data" / "published_cifar10.csv"

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from dnal_mini.recipes import RECIPES
-from dnal_mini.search import run
+from dnal_mini.search.driver import run
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -5,6 +5,7 @@ import importlib
 import json
 import platform
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import api
@@ -15,8 +16,8 @@ import status
 import yaml
 
 from dnal_mini.config import SearchConfig
-from dnal_mini.gate import ScaledSigmoid
-from dnal_mini.runlog import epochs, read
+from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
+from dnal_mini.runs.runlog import epochs, read
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
@@ -32,10 +33,16 @@ def rows_of_notation(markdown: str) -> list[list[str]]:
 
 
 def resolves(dotted: str) -> bool:
-    """True if a dotted name below ``dnal_mini`` exists, as a class's own or as an instance's."""
-    module, *path = dotted.split(".")
-    thing = importlib.import_module(f"dnal_mini.{module}")
+    """True if a dotted name exists, as a class's own or as an instance's.
+
+    It begins with "dnal." for a public name, else with a module or package of ``dnal_mini``.
+    """
+    first, *path = dotted.split(".")
+    thing = importlib.import_module("dnal_mini" if first == "dnal" else f"dnal_mini.{first}")
     for name in path:
+        if hasattr(thing, "__path__") and find_spec(f"{thing.__name__}.{name}"):
+            thing = importlib.import_module(f"{thing.__name__}.{name}")
+            continue
         fields = getattr(thing, "__annotations__", {})
         if not hasattr(thing, name) and name not in fields:
             thing = MADE[thing.__name__]() if getattr(thing, "__name__", "") in MADE else thing
@@ -62,11 +69,11 @@ def test_every_name_of_the_notation_exists():
 
 
 @pytest.mark.parametrize(
-    "name", ["gate.ScaledSigmoid.steepness", "config.SearchConfig.lambda_", "gate.open_doors"]
+    "name", ["dnal.ScaledSigmoid.steepness", "config.SearchConfig.lambda_", "gating.open_doors"]
 )
 def test_a_name_that_is_not_there_is_noticed(name: str):
     assert not resolves(name)
-    assert resolves("gate.ScaledSigmoid.s")
+    assert resolves("dnal.ScaledSigmoid.s")
 
 
 def test_the_api_page_has_a_place_for_the_names():

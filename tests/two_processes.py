@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dnal_mini.data import toy_images
-from dnal_mini.gate import add_gates, arch_parameters, open_gates, set_gates, weight_parameters
-from dnal_mini.schedules import constant
-from dnal_mini.train import evaluate, fit, only_training, start_processes
+from dnal_mini.data.sources import toy_images
+from dnal_mini.gating import add_gates, arch_parameters, open_gates, set_gates, weight_parameters
+from dnal_mini.training.devices import start_processes
+from dnal_mini.training.loop import evaluate, fit, only_training
+from dnal_mini.training.schedules import constant
 
 
 def net() -> nn.Module:

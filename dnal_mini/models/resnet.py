@@ -5,7 +5,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from dnal_mini.channelmap import ChannelMap
+from dnal_mini.layers.channelmap import ChannelMap
 from dnal_mini.models.vgg import check_arguments, initialise, scaled
 
 STEM = 16

@@ -1,0 +1,111 @@
+"""The words of a command line as typed settings, and one line for a word that is not known.
+
+For ``__main__`` only; knows no command and reads no file. Read ``overrides`` first.
+"""
+
+import contextlib
+import dataclasses
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from dnal_mini.config import known
+
+if TYPE_CHECKING:
+    from dnal_mini.config import SearchConfig
+
+
+def overrides(words: list[str], config: "SearchConfig") -> dict[str, Any]:
+    """``--field value`` pairs as a dict of typed values; "out" may be among them.
+
+    Raises: ValueError for a word without a flag, a flag without a value, an unknown field, or a
+    value of another type.
+    """
+    types = get_type_hints(type(config))
+    names = [field.name for field in dataclasses.fields(config)] + ["out"]
+    rest, values = list(words), {}
+    while rest:
+        flag, equals, text = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise ValueError(f"got {flag!r} alone; need --field value; do put the recipe first")
+        name = known(flag[2:].replace("-", "_"), names, "field")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
+            text = rest.pop(0)
+        values[name] = text if name == "out" else typed(flag, text, types[name])
+    return values
+
+
+def typed(flag: str, value: Any, kind: Any) -> Any:
+    """The value as one of the annotation, read by tyro.
+
+    Raises: ValueError for a value of another type, with what is needed.
+    """
+    import tyro
+
+    values = value if isinstance(value, list) else [value]
+    words = [str(word).capitalize() if kind is bool else str(word) for word in values]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro's box, said in one line below
+            return tyro.cli(kind, args=words, console_outputs=False)
+    except SystemExit:
+        choices = (True, False) if kind is bool else getattr(kind, "__args__", (kind,))
+        need = " or ".join(str(getattr(choice, "__name__", choice)) for choice in choices)
+        got = " ".join(repr(word) for word in values)
+        raise ValueError(f"got {flag} {got}; need {need}; do see dnal run --help") from None
+
+
+def take(words: list[str], flag: str) -> str | None:
+    """The text of ``--flag TEXT`` or ``--flag=TEXT``, taken out of the words; None if not there.
+
+    Raises: ValueError for a flag at the end without a text.
+    """
+    for at, word in enumerate(words):
+        name, equals, text = word.partition("=")
+        if name == flag:
+            if not equals and not words[at + 1 :]:
+                raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
+            text = text if equals else words[at + 1]
+            del words[at : at + (1 if equals else 2)]
+            return text
+    return None
+
+
+def take_all(words: list[str], flag: str) -> list[str] | None:
+    """The texts of ``--flag A B ...``, taken out of the words; None if the flag is not there."""
+    found: list[str] | None = None
+    at = 0
+    while at < len(words):
+        name, equals, text = words[at].partition("=")
+        if name.replace("_", "-") != flag:
+            at += 1
+            continue
+        end = at + 1
+        while not equals and end < len(words) and not words[end].startswith("--"):
+            end += 1
+        found = [*(found or []), *([text] if equals else words[at + 1 : end])]
+        del words[at:end]
+    return found
+
+
+def paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[list[Path], set[str]]:
+    """Folders and files, and which of the command's switches are among the words."""
+    paths = [Path(word) for word in words if not word.startswith("-")]
+    flags = [word for word in words if word.startswith("-")]
+    return paths, {known(flag, switches, "option") for flag in flags}
+
+
+def print_fields(config: "SearchConfig", command: str) -> None:
+    """tyro's help page: every field with its value in this recipe and what it is for."""
+    import tyro
+
+    with contextlib.suppress(SystemExit):
+        tyro.cli(
+            type(config),
+            default=config,
+            args=["--help"],
+            prog=command,
+            description=f"The recipe {config.name}, with its settings. Results go to stdout.",
+            config=(tyro.conf.FlagConversionOff,),
+        )

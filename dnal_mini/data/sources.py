@@ -1,0 +1,181 @@
+"""Where images come from: digits (embedded), drawn toy images, CIFAR-10, any folder of classes."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from dnal_mini.data.imagecache import (
+    cache_folders,
+    class_names,
+    image_files,
+    image_size_of,
+    line_of,
+    load_split,
+)
+from dnal_mini.data.imageset import ImageSet, Split, carve, carved_set, channel_statistics
+from dnal_mini.data.torchvision import fix_torchvision
+
+# Customary for CIFAR-10: over its 50,000 training images, per channel.
+CIFAR10_MEAN = (0.4914, 0.4824, 0.4467)
+
+
+CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+
+
+def digits(seed: int = 0, val: int = 180) -> ImageSet:
+    """Scikit-learn's 1,797 handwritten digits, enlarged from 1x8x8 to 3x32x32; needs no network.
+
+    The 360 test images are the same for every seed.
+    """
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    small = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
+    large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
+    images = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+    whole = Split(images, torch.from_numpy(source.target).long())
+    others, held = carve(whole.labels, 360, seed=0)
+    names = tuple(str(name) for name in source.target_names)
+    return carved_set("digits", names, whole.take(others), partial(whole.take, held), seed, val)
+
+
+def toy_images(
+    train: int = 128,
+    val: int = 32,
+    test: int = 32,
+    num_classes: int = 4,
+    image_shape: tuple[int, int, int] = (3, 16, 16),
+    noise: float = 0.1,
+    seed: int = 0,
+) -> ImageSet:
+    """Images drawn from ``seed``: one smooth mirror-symmetric pattern per class, plus noise.
+
+    ``noise`` is the standard deviation for pixels in [0, 1]. Class sizes differ by one at most.
+    """
+    channels, height, width = image_shape
+    generator = torch.Generator().manual_seed(4 * seed)
+    coarse = torch.rand(num_classes, channels, 4, 4, generator=generator)
+    smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
+    patterns = (smooth + smooth.flip(-1)) / 2
+
+    def draw(count: int, stream: int) -> Split:
+        generator = torch.Generator().manual_seed(4 * seed + stream)
+        labels = torch.arange(count) % num_classes
+        noisy = torch.normal(patterns[labels], noise, generator=generator)
+        return Split((noisy * 255).round().clamp(0, 255).to(torch.uint8), labels)
+
+    shown = draw(train, 1)
+    names = tuple(f"pattern {label}" for label in range(num_classes))
+    stats = channel_statistics(shown.images)
+    return ImageSet("toy", names, *stats, shown, draw(val, 2), partial(draw, test, 3))
+
+
+def cifar10(
+    root: Path | str | None = None,
+    *,
+    download: bool = False,
+    seed: int = 0,
+    val: int = 5000,
+    cache: Path | str | None = None,
+) -> ImageSet:
+    """CIFAR-10 from ``train/<class>/*`` and ``test/<class>/*``, or from torchvision's archive.
+
+    ``root`` defaults to the environment variable DNAL_DATA. With ``download`` torchvision fetches
+    and verifies the archive if ``root`` has no folder ``train``. ``cache``: see ``image_folder``.
+    ``mean`` and ``std`` are the customary constants.
+
+    Raises:
+        ValueError: no usable data in ``root``, or anything else that ``image_folder`` refuses.
+    """
+    constants = (CIFAR10_MEAN, CIFAR10_STD)
+    path = _data_root(root)
+    if not (path / "train").is_dir():
+        whole, load_test, names = _cifar10_archive(path, download)
+        return carved_set("cifar10", names, whole, load_test, seed, val, constants)
+    names = class_names(path)
+    if len(names) != 10:
+        raise ValueError(f"{path}: got {len(names)} classes; need CIFAR-10's 10; use image_folder")
+    load = partial(_from_folder, path, names, (32, 32), False, cache_folders(path, cache))
+    return carved_set("cifar10", names, load("train"), partial(load, "test"), seed, val, constants)
+
+
+def image_folder(
+    root: Path | str | None = None,
+    image_size: tuple[int, int] | None = None,
+    *,
+    seed: int = 0,
+    val: int | None = None,
+    cache: Path | str | None = None,
+) -> ImageSet:
+    """Any set in the layout ``train/<class>/*``, ``test/<class>/*``, as 8-bit RGB without alpha.
+
+    ``root`` defaults to the environment variable DNAL_DATA. ``image_size`` (height, width) resizes
+    each image, bilinear, aspect not kept; without it all images must have one size. ``val`` is by
+    default a tenth of the training images.
+
+    Decoded images are kept in ``.dnal_cache`` inside ``root``, or in the user's cache folder where
+    ``root`` is read-only or in a git checkout, or in the folder ``cache``. They are decoded again
+    when a file's name or size (in bytes) has changed; a change that keeps both goes unnoticed.
+
+    Raises:
+        ValueError: folder missing or empty, a class missing in test, an image that cannot be read,
+            a cache that is damaged, no place to write one.
+    """
+    path = _data_root(root)
+    names = class_names(path)
+    resize, caches = image_size is not None, cache_folders(path, cache)
+    height, width = image_size or image_size_of(image_files(path / "train" / names[0])[0])
+    load = partial(_from_folder, path, names, (height, width), resize, caches)
+    whole = load("train")
+    count = max(1, len(whole) // 10) if val is None else val
+    return carved_set(path.resolve().name, names, whole, partial(load, "test"), seed, count)
+
+
+def _from_folder(*arguments: Any) -> Split:
+    """One split of an image folder; arguments as for ``load_split``."""
+    return Split(*load_split(*arguments))
+
+
+def _cifar10_archive(
+    root: Path, download: bool
+) -> tuple[Split, Callable[[], Split], tuple[str, ...]]:
+    """Training images, a function that reads the test images, class names."""
+    if not download and not (root / "cifar-10-batches-py").is_dir():
+        raise ValueError(
+            f"{root}: got no CIFAR-10; need train/<class>/ and test/<class>/, or the unpacked"
+            " archive cifar-10-batches-py; pass another root, or download=True"
+        )
+    fix_torchvision()
+    try:
+        from torchvision.datasets import CIFAR10
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{root}: got no torchvision; need it to read or fetch the CIFAR-10 archive;"
+            " pip install torchvision"
+        ) from error
+
+    def load(train: bool) -> tuple[Split, tuple[str, ...]]:
+        try:
+            found = CIFAR10(str(root), train=train, download=download and train)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{root}: got {line_of(error)}; need the CIFAR-10 archive as published; delete"
+                " what is there, and pass download=True"
+            ) from error
+        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
+        return Split(images, torch.tensor(found.targets)), tuple(found.classes)
+
+    whole, names = load(train=True)
+    return whole, lambda: load(train=False)[0], names
+
+
+def _data_root(root: Path | str | None) -> Path:
+    path = root or os.environ.get("DNAL_DATA")
+    if path is None or path == "":
+        raise ValueError("got no data folder; need one; pass root, or set DNAL_DATA")
+    return Path(path).expanduser()

@@ -1,0 +1,1 @@
+"""A trained net for other places: norms folded, files written and checked."""

@@ -1,0 +1,1 @@
+"""Static and interactive figures, from numbers alone."""

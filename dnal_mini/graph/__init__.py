@@ -1,0 +1,1 @@
+"""Any net as a graph of operations; knows no gate."""

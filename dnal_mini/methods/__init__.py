@@ -1,0 +1,1 @@
+"""One file a method: how it chooses which channels stay."""

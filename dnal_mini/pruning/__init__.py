@@ -1,0 +1,1 @@
+"""From hard gates to a smaller network, exactly."""

@@ -1,0 +1,131 @@
+"""What the analysis knows of a network: facts per tensor and channel."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from dnal_mini.pruning.provenance import Shadow
+
+ZERO, CONSTANT, FIXED, LIVE = 0, 1, 2, 3
+
+
+class Unknown:
+    """The value of a node that returns something the analysis does not follow."""
+
+
+@dataclass
+class Facts:
+    """What is known of one tensor, per channel (all vectors: (channels,))."""
+
+    kind: str  # the word of graph/ops.py
+    state: Tensor  # ZERO, CONSTANT, FIXED or LIVE; uint8
+    value: Tensor  # the constant, float64, in eval mode; 0 where there is none
+    steady: Tensor  # bool: state and value hold in train mode, too
+    needed: Tensor  # bool
+    sources: list[tuple[fx.Node, Tensor]]  # channel j is made of channel source[j] of that node
+    # (-1: of none); an empty list where all channels are mixed
+    inputs: Tensor | None = None  # layers with weights: channel at each position of the input
+    given: Any = ()  # arguments that are not tensors
+    blocks: list[Tensor] = field(default_factory=list)  # must keep equally many channels each
+
+    @property
+    def silent(self) -> Tensor:
+        """Constants of value 0 in both modes: nothing to whoever sums them up."""
+        return (self.state == CONSTANT) & (self.value == 0) & self.steady
+
+    @property
+    def kept(self) -> Tensor:
+        """Channels that must physically be there: not zero, and needed."""
+        return (self.state != ZERO) & self.needed
+
+
+@dataclass
+class Analysis:
+    """The traced network with its facts; made by ``channels.analyse``."""
+
+    graph: fx.GraphModule
+    facts: dict[fx.Node, Facts] = field(default_factory=dict)  # of nodes that return tensors
+    values: dict[fx.Node, Any] = field(default_factory=dict)  # their shadows; sizes; numbers
+    walls: dict[fx.Node, str] = field(default_factory=dict)
+    shared: dict[str, list[fx.Node]] = field(default_factory=dict)  # modules called again
+    bare: dict[str, dict[str, str]] = field(default_factory=dict)  # layers called as functions
+    lent: set[str] = field(default_factory=set)  # modules that share a parameter with others
+
+    def module(self, node: fx.Node) -> Any:
+        """The module that a call_module node calls; of the class that its kind promises."""
+        return self.graph.get_submodule(str(node.target))
+
+    def output_is_constant(self) -> bool:
+        """True if the network's output is the same for every image."""
+        (output,) = (n for n in self.graph.graph.nodes if n.op == "output")
+        return all(bool((self.facts[n].state != LIVE).all()) for n in output.all_input_nodes)
+
+    def add(
+        self,
+        node: fx.Node,
+        kind: str,
+        shadow: Shadow | tuple[Shadow, ...],
+        state: Tensor,
+        value: Tensor | None = None,
+        steady: Tensor | None = None,
+        sources: list[tuple[fx.Node, Tensor]] | None = None,
+        **more: Any,
+    ) -> None:
+        """Store what is known of a node's result."""
+        count = len(state)
+        value = torch.zeros(count, dtype=torch.float64) if value is None else value.clone()
+        steady = torch.ones(count, dtype=torch.bool) if steady is None else steady.clone()
+        needed = torch.zeros(count, dtype=torch.bool)
+        state = state.to(torch.uint8, copy=True)
+        state[(state == ZERO) & ~steady] = CONSTANT  # zero in eval mode only: not to be cut
+        self.facts[node] = Facts(kind, state, value, steady, needed, sources or [], **more)
+        self.values[node] = shadow
+
+
+GONE, NEEDED, TIED, WALL, HELD = 0, 1, 2, 3, 4  # why a channel is there
+
+
+REASONS = ("gone", "needed", "tied", "walled", "held")
+
+
+@dataclass
+class Keeps:
+    """Why each channel of each tensor stays (0: it goes), and how the channels that stay lie."""
+
+    why: dict[fx.Node, Tensor]  # (channels,), uint8: GONE, NEEDED, TIED, WALL or HELD
+    residual: str
+    min_channels: int = 1
+    round_to: int = 1
+    scatters: set[fx.Node] = field(default_factory=set)  # branch ends that may keep a subset
+    emptied: dict[fx.Node, int] = field(default_factory=dict)  # dead branch ends: their stride
+    blocks: dict[fx.Node, str] = field(default_factory=dict)  # modules that go with such an end
+    idle: set[fx.Node] = field(default_factory=set)  # nodes of dead branches: nobody reads them
+    inside: dict[fx.Node, Tensor] = field(default_factory=dict)  # input positions, as they lie
+    outside: dict[fx.Node, Tensor] = field(default_factory=dict)  # own channels, as they lie
+    notes: list[str] = field(default_factory=list)
+    full: set[fx.Node] = field(default_factory=set)  # grids that keep all of their rows
+
+    def mask(self, node: fx.Node) -> Tensor:
+        """Channels of a node's result that stay: bool."""
+        return self.why[node] != GONE
+
+
+def known(state: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a channel is neither live nor fixed its value is known.
+
+    It stays zero if it was made of zeros. A constant that becomes 0 (a negative one behind a ReLU)
+    stays a constant: it is 0 only as long as what it is made of is there.
+    """
+    still = (state == ZERO) & (value == 0)
+    exact = torch.where(still, ZERO, CONSTANT).to(torch.uint8)
+    state = torch.where(state >= FIXED, state.to(torch.uint8), exact)
+    return state, value.masked_fill(state >= FIXED, 0)
+
+
+def pick(x: Facts, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """State, value and steadiness of channels ``at``; -1 is zero."""
+    safe, none = at.clamp(min=0), at < 0
+    state = x.state[safe].masked_fill(none, ZERO)
+    return state, x.value[safe].masked_fill(none, 0), x.steady[safe] | none

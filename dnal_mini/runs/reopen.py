@@ -1,0 +1,75 @@
+"""The settings and the networks that a run left in its folder."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, get_type_hints
+
+from dnal_mini.config import SearchConfig, known
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dnal_mini.pruning.pruner import Pruned
+
+
+def settings_in(folder: Path) -> "SearchConfig":
+    """The settings of the run in a folder; not the record's, which do not say where the data is."""
+    path, types = folder / "config.json", get_type_hints(SearchConfig)
+    try:
+        stored = dict(json.loads(path.read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"got {path} ({error}); need a run's settings; do start it anew") from None
+    names = [known(name, types, "field") for name in stored]
+    return SearchConfig(**{n: stored[n] for n in names})
+
+
+def nets_in(path: Path) -> tuple[dict[str, "nn.Module"], tuple[int, ...]]:
+    """The dense and the pruned net of a run folder, or the pruned one of a file; their images."""
+    whole = path.is_dir()
+    file = path / "small.safetensors" if whole else path
+    if whole and not file.exists():
+        raise ValueError(f"got {path} without {file.name}; need a finished run; do dnal resume it")
+    if not whole and path.suffix != ".safetensors":
+        raise ValueError(f"got {path}; need a run folder or a .safetensors file; do check the path")
+    small = _saved(file)
+    nets = {"dense": _dense(path, small)} if whole else {}
+    return nets | {"pruned": small.module}, tuple(small.spec["image_shape"])
+
+
+def _saved(path: Path) -> "Pruned":
+    """A file of ``save`` with the builder that it names."""
+    from dnal_mini.models import MODELS
+    from dnal_mini.pruning.netfile import load
+
+    def build(
+        builder: str = "", num_classes: int = 10, width: float = 1.0, image_size: int | None = None
+    ) -> "nn.Module":
+        if builder not in MODELS:
+            need = ", ".join(MODELS)
+            raise ValueError(f"got {path} of another model; need {need}; do call deploy.export")
+        more = {} if image_size is None else {"image_size": image_size}
+        return MODELS[builder](num_classes, width, **more)
+
+    return load(path, build)
+
+
+def _dense(folder: Path, small: "Pruned") -> "nn.Module":
+    """The dense net that the run compared with: the baseline, else as stage 1 left it."""
+    import torch
+
+    from dnal_mini.gating import add_gates, gates
+    from dnal_mini.models import MODELS
+    from dnal_mini.pruning.foldgates import drop_gates
+
+    config = settings_in(folder)
+    path = folder / f"{'baseline' if config.baseline else 'weight_stage'}.pt"
+    arguments = {name: value for name, value in small.spec["config"].items() if name != "builder"}
+    net = add_gates(MODELS[config.model](**arguments), config.order)
+    try:
+        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
+    except Exception as error:  # torch raises several kinds for a damaged file
+        reason = " ".join(str(error).split())[:80]
+        raise ValueError(f"got {path} ({reason}); need this run's; do resume the run") from error
+    for gate in gates(net).values():
+        torch.nn.init.constant_(gate.s, float("inf"))  # open, whatever delta and threshold
+    return drop_gates(net)

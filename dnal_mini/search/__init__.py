@@ -1,0 +1,1 @@
+"""How a method is run to a smaller network."""

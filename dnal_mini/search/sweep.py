@@ -1,0 +1,360 @@
+"""Many runs that share their first stages: trained once a seed, then forked for every price.
+
+``sweep`` is the whole idea, ``plan`` says which runs there are; below stand the three places where
+runs go on: this process, several processes, a Ray cluster. Not a scheduler: who runs what on which
+machine is the operating system's business, or Ray's.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dnal_mini.config import MEANS, SearchConfig
+from dnal_mini.runs import runlog
+from dnal_mini.runs.signals import terminable
+from dnal_mini.search import driver
+
+Row = runlog.Row
+
+
+Field = Literal["gate_price", "target_macs"]
+
+
+OnRow = Callable[[str, Row], None]
+
+
+Start = Callable[["Job"], "Future[str]"]
+
+
+Place = Callable[[int, OnRow | None], AbstractContextManager[Start]]
+
+
+FILE_NAME = "sweep.json"
+
+
+FOLDERS = {"gate_price": "price", "target_macs": "target"}
+
+
+FREE = {"seed", *FOLDERS, *MEANS}  # fields in which the runs of one sweep may differ
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, in ``folder``; the jobs in ``then`` start from what it leaves there."""
+
+    folder: Path
+    config: SearchConfig
+    until: Literal["weights"] | None = None
+    then: tuple["Job", ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The folder as seen from the sweep's, e.g. seed0/price0.001."""
+        return "/".join(self.folder.parts[-2:])
+
+
+def sweep(
+    config: SearchConfig,
+    values: Sequence[float],
+    seeds: Sequence[int],
+    out: str | Path,
+    *,
+    field: Field = "gate_price",
+    jobs: int = 1,
+    ray: str | None = None,
+    on_row: OnRow | None = None,
+) -> dict[str, str]:
+    """Run every value of ``field`` with every seed; returns why runs failed, by their names.
+
+    Stage 1 and the baseline are trained once a seed, in ``out/seed0/shared``; each run starts from
+    them in a folder like ``out/seed0/price0.001``. The same call again goes on: finished runs are
+    left alone, interrupted ones resumed, failed ones tried again, new values and seeds added.
+
+    ``jobs``: runs at a time, from 2 on in processes of their own, each with its share of this
+    process's torch threads (another number of threads may change the last bits of results).
+    ``ray``: address of a Ray cluster, "" for $RAY_ADDRESS or else a cluster on this machine; its
+    machines must see ``out`` and the data under the same paths, and ``jobs`` runs share a GPU.
+    ``on_row(name, row)`` sees all rows, and one of kind "failed" (``reason``) for a run that fails;
+    it is called where the run is: on Ray's machines, and in threads for several processes.
+
+    Raises: ValueError for values, seeds or jobs that make no sweep, and for a folder that holds
+    another sweep or something else. A failed run does not raise, and does not stop the others.
+    KeyboardInterrupt (Ctrl-C, SIGTERM) goes through when the runs have ended a step and saved.
+    """
+    if jobs < 1:
+        raise ValueError(f"got jobs {jobs}; need 1 or more; do give the number of runs at a time")
+    if config.devices * config.num_nodes > 1:
+        raise ValueError(
+            f"got {config.devices} devices on {config.num_nodes} machines for each run of a sweep; "
+            "need 1; do fill them with several runs: --jobs or --ray"
+        )
+    asked = plan(config, values, seeds, Path(out).absolute(), field)
+    _remember(Path(out), config, [run for shared in asked for run in shared.then])
+    todo = deque(left for shared in asked if (left := _unfinished(shared)).then)
+    failed: dict[str, str] = {}
+    running: dict[Future[str], Job] = {}
+    at_a_time = jobs
+    place: Place = _here if jobs == 1 else _processes
+    if ray is not None:  # which holds back what does not fit
+        at_a_time, place = len(seeds) * len(values), partial(_on_ray, ray)
+    with terminable(), place(jobs, on_row) as start:
+        while todo or running:
+            while todo and len(running) < at_a_time:
+                job = todo.popleft()
+                running[start(job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                if reason := _reason(future):
+                    failed[job.name] = reason
+                    failed |= {run.name: f"not started: {job.name} failed" for run in job.then}
+                    if on_row:
+                        on_row(job.name, {"kind": "failed", "reason": reason})
+                else:
+                    todo.extendleft(reversed(job.then))  # a seed's runs before the next seed
+    return failed
+
+
+def plan(
+    config: SearchConfig, values: Sequence[float], seeds: Sequence[int], out: Path, field: Field
+) -> list[Job]:
+    """A job for each seed that trains what its runs share, and behind it a job for each value.
+
+    Raises: ValueError for no values or seeds, one that comes twice, or one out of its range.
+    """
+    for name, given in ((field, values), ("seed", seeds)):
+        twice = [value for k, value in enumerate(given) if value in given[:k]]
+        if twice or not given:
+            got = f"{name} {twice[0]} twice" if twice else f"no {name}"
+            raise ValueError(f"got {got}; need one or more, all different; do name each once")
+    jobs = []
+    for seed in seeds:
+        first, folder = replace(config, seed=seed), out / f"seed{seed}"
+        forked = replace(first, weights_from=str(folder / "shared"))
+        settings: list[dict[str, Any]] = [{field: float(value)} for value in values]
+        forks = (
+            Job(folder / f"{FOLDERS[field]}{new[field]!r}", replace(forked, **new))
+            for new in settings
+        )
+        jobs.append(Job(folder / "shared", first, "weights", tuple(forks)))
+    return jobs
+
+
+def runs(folder: str | Path) -> list[Path]:
+    """The folders of all runs that were asked of the sweep in a folder; some may not be there yet.
+
+    Raises: ValueError if ``sweep.json`` cannot be read.
+    """
+    return [Path(folder) / name for name in _asked(Path(folder))["runs"]]
+
+
+def _asked(out: Path) -> dict[str, Any]:
+    try:
+        asked = json.loads((out / FILE_NAME).read_bytes())
+        return {"config": dict(asked["config"]), "runs": list(asked["runs"])}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"got {out / FILE_NAME}, which cannot be read ({error}); need what dnal sweep wrote; "
+            "do remove it and type the sweep's command again"
+        ) from None
+
+
+def _remember(out: Path, config: SearchConfig, asked: list[Job]) -> None:
+    """Add the runs to ``sweep.json``, if the folder is free or holds a sweep of this config."""
+    settings = dataclasses.asdict(config)
+    settings = {name: settings[name] for name in settings if name not in FREE}
+    default = dataclasses.asdict(SearchConfig())  # of fields that are newer than the sweep
+    path, known = out / FILE_NAME, []
+    if path.exists():
+        theirs = _asked(out)
+        known, begun = theirs["runs"], any(out.glob("seed*/*/config.json"))
+        for name in sorted({*settings, *theirs["config"]}):
+            old, new = theirs["config"].get(name, default.get(name)), settings.get(name)
+            if begun and old != new:
+                raise ValueError(
+                    f"got {out}, which holds a sweep with {name}={old!r}, not {new!r}; need the "
+                    "same settings; do choose another folder (--out)"
+                )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"got {out}, which holds no sweep; need a new folder; do choose --out")
+    out.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys([*known, *(job.name for job in asked)]))
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"config": settings, "runs": names}, indent=1))
+    part.replace(path)
+
+
+def _unfinished(shared: Job) -> Job:
+    """The job without those behind it that have their result already."""
+
+    def done(folder: Path) -> bool:
+        with contextlib.suppress(OSError, ValueError):  # a bad record: the run itself says so
+            return any(row["kind"] == "result" for row in runlog.read(folder))
+        return False
+
+    return replace(shared, then=tuple(run for run in shared.then if not done(run.folder)))
+
+
+def _work(job: Job, on_row: OnRow | None = None) -> str:
+    """Run or resume a job; returns why it failed, in one line, or "". An interrupt goes through."""
+    show = (lambda row: on_row(job.name, row)) if on_row else None
+    try:
+        driver.run(job.config, job.folder, on_row=show, until=job.until)
+    except Exception as error:  # whatever it is, the other runs go on
+        if "got " not in str(error):  # a fault of the program: its place is wanted too
+            traceback.print_exc()
+        return _line(error)
+    return ""
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:300]
+    return text if "got " in text else f"{type(error).__name__}: {text}"
+
+
+def _reason(future: "Future[str]") -> str:
+    """Why a job failed; what it raised counts too, such as a lost machine."""
+    error = future.exception()
+    if isinstance(error, Exception):
+        return _line(error)
+    return future.result()
+
+
+def _threads(jobs: int) -> int:
+    """The threads of this process, shared by ``jobs``."""
+    return max(1, torch.get_num_threads() // jobs)
+
+
+@contextmanager
+def _here(jobs: int, on_row: OnRow | None) -> Iterator[Start]:
+    """One job after the other in this process."""
+
+    def start(job: Job) -> "Future[str]":
+        future: Future[str] = Future()
+        future.set_result(_work(job, on_row))
+        return future
+
+    yield start
+
+
+@contextmanager
+def _processes(jobs: int, on_row: OnRow | None) -> Iterator[Start]:
+    """Every job in a process of its own; on an interrupt each ends its step, saves and stops.
+
+    A process has its own session: Ctrl-C in a terminal reaches this process alone, which passes it
+    on once. A process whose parent has died stops at its next row.
+    """
+    live: list[subprocess.Popen] = []
+    lock, stopping = threading.Lock(), threading.Event()
+
+    def work(job: Job) -> str:
+        given: Row = {"folder": str(job.folder), "until": job.until, "threads": _threads(jobs)}
+        given["config"] = dataclasses.asdict(job.config)
+        command = [sys.executable, "-c", "from dnal_mini.search import sweep; sweep._child()"]
+        with lock:
+            if stopping.is_set():
+                return "interrupted"
+            process = subprocess.Popen(
+                [*command, json.dumps(given)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+                text=True,
+            )
+            live.append(process)
+        with process:
+            row: Row = {}
+            for line in process.stdout or ():
+                row = json.loads(line)
+                if on_row and row["kind"] != "end":
+                    on_row(job.name, row)
+        with lock:
+            live.remove(process)
+        done = row.get("kind") == "end"
+        return row["reason"] if done else f"its process ended with code {process.returncode}"
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield lambda job: pool.submit(work, job)
+        except BaseException:
+            with lock:
+                stopping.set()
+                for process in live:
+                    process.terminate()
+            raise
+
+
+def _child() -> None:
+    """What a process of ``_processes`` does: one job from argv, its rows as JSON to stdout."""
+    rows = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed must not come between the rows
+    given = json.loads(sys.argv[1])
+    torch.set_num_threads(given["threads"])
+    job = Job(Path(given["folder"]), SearchConfig(**given["config"]), given["until"])
+
+    def tell(row: Row) -> None:
+        try:
+            print(json.dumps(row), file=rows, flush=True)
+        except BrokenPipeError:  # the parent is gone
+            raise KeyboardInterrupt from None
+
+    try:
+        tell({"kind": "end", "reason": _work(job, lambda _, row: tell(row))})
+    except KeyboardInterrupt:
+        os._exit(130)  # without a word: whoever stopped it says so
+
+
+@contextmanager
+def _on_ray(address: str, jobs: int, on_row: OnRow | None) -> Iterator[Start]:
+    """Every job a task of a Ray cluster, which decides where it runs and repeats it if need be."""
+    try:
+        ray = import_module("ray")
+    except ImportError as error:
+        raise ValueError(
+            f"got no package ray ({error}); need it for --ray; do pip install dnal-mini[ray]"
+        ) from None
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(address=address or None)
+    threads, tasks = _threads(jobs), []
+    where = (str(Path.cwd()), os.environ.get("DNAL_DATA"))
+
+    def start(job: Job) -> "Future[str]":
+        gpus = 1 / jobs if job.config.device.startswith("cuda") else 0
+        task = ray.remote(_task).options(num_gpus=gpus, num_cpus=threads, name=job.name)
+        tasks.append(task.remote(job, on_row, threads, *where))
+        return tasks[-1].future()
+
+    try:
+        yield start
+    except BaseException:
+        for task in tasks:
+            ray.cancel(task)
+        raise
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _task(job: Job, on_row: OnRow | None, threads: int, cwd: str, data: str | None) -> str:
+    """A job on one of Ray's machines, which sees the same files under the same paths."""
+    os.chdir(cwd)
+    if data:
+        os.environ["DNAL_DATA"] = data
+    torch.set_num_threads(threads)
+    return _work(job, on_row)

@@ -1,0 +1,220 @@
+"""Which dead channels stay for the sake of others, told by hand; and that the code then fits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_nets import close
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dnal_mini.pruning.analysis import analyse
+from dnal_mini.pruning.facts import GONE, HELD, NEEDED, TIED, WALL, Keeps
+from dnal_mini.pruning.keepsets import settle, stride_between
+
+SHAPE = (3, 8, 6)
+
+
+class Two(nn.Module):
+    """Two convolutions of six channels with norms, and what the test does with them."""
+
+    def __init__(self, middle: Callable[..., Any], groups: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 3, padding=1, groups=groups), nn.BatchNorm2d(6)
+        self.head, self.middle = nn.Conv2d(6, 4, 1), middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self, x))
+
+
+def residual(net: Any, x: Tensor) -> Tensor:
+    x = F.relu(net.bn1(net.conv1(x)))
+    return F.relu(x + net.bn2(net.conv2(x)))
+
+
+def chain(net: Any, x: Tensor) -> Tensor:
+    return F.relu(net.bn2(net.conv2(F.relu(net.bn1(net.conv1(x))))))
+
+
+def settled(net: nn.Module, how: str = "scatter", **options: int) -> tuple[dict[str, Any], Keeps]:
+    """Why each channel is there, by the name of the node."""
+    analysis = analyse(net, SHAPE)
+    keeps = settle(analysis, how, **options)
+    return {node.name: why.tolist() for node, why in keeps.why.items()}, keeps
+
+
+def test_in_a_chain_only_what_lives_stays():
+    net = Two(chain)
+    close(net.bn1, 1, 4)
+    close(net.bn2, 0)
+    why, _ = settled(net)
+    assert why["conv1"] == why["bn1"] == why["relu"] == [NEEDED, GONE, NEEDED, NEEDED, GONE, NEEDED]
+    assert why["conv2"] == why["bn2"] == [GONE] + [NEEDED] * 5
+    assert why["head"] == [NEEDED] * 4
+
+
+def test_a_sum_ties_a_dead_channel_to_a_live_one():
+    """G5, G6: with "tie" all members keep the union; with "scatter" the branch keeps its own."""
+    net = Two(residual)
+    close(net.bn2, 0, 1)
+    close(net.bn1, 1, 2)
+    tie, keeps = settled(net, "tie")
+    assert not keeps.scatters
+    assert tie["bn2"] == [TIED, GONE] + [NEEDED] * 4
+    assert tie["bn1"] == tie["relu"] == [NEEDED, GONE, TIED] + [NEEDED] * 3
+    scatter, keeps = settled(net, "scatter")
+    assert [node.name for node in keeps.scatters] == ["bn2"]
+    assert scatter["bn2"] == [GONE, GONE] + [NEEDED] * 4
+    assert [place for place, reason in enumerate(scatter["add"]) if reason == GONE] == [1]
+
+
+def test_a_network_keeps_its_input_and_its_output():
+    net = Two(chain)
+    close(net.bn1, 1, 4)
+    net.head.weight.data[2] = 0
+    net.head.bias.data[2] = 0
+    why, _ = settled(net)
+    assert why["x"] == [NEEDED] * 3
+    assert why["head"] == [NEEDED, NEEDED, WALL, NEEDED]
+
+
+def test_a_wall_keeps_what_it_reads():
+    net = Two(lambda net, x: net.bn2(net.conv2(F.relu(net.bn1(net.conv1(x))).softmax(1))))
+    close(net.bn1, 1, 4)
+    close(net.bn2, 3)
+    why, _ = settled(net)
+    assert why["relu"] == [NEEDED, WALL, NEEDED, NEEDED, WALL, NEEDED]
+    assert why["bn2"] == [NEEDED] * 3 + [GONE] + [NEEDED] * 2
+
+
+def test_halves_of_a_chunk_stay_of_equal_length():
+    def forward(net: Any, x: Tensor) -> Tensor:
+        first, second = net.bn1(net.conv1(x)).chunk(2, 1)
+        return torch.cat([second, first], 1)
+
+    net = Two(forward)
+    close(net.bn1, 0, 1, 3)  # one of the first half, two of the second left
+    why, _ = settled(net)
+    assert why["bn1"] == [HELD, GONE, NEEDED, GONE, NEEDED, NEEDED]
+
+
+def test_groups_stay_of_equal_size():
+    """G11: as many of each group as of the fullest."""
+    net = Two(chain, groups=3)
+    close(net.bn1, 0, 2, 3)
+    why, _ = settled(net)
+    assert why["relu"] == [HELD, NEEDED, HELD, HELD, NEEDED, NEEDED]
+
+
+def test_a_depthwise_layer_goes_channel_by_channel():
+    """G9, G11."""
+    net = Two(chain, groups=6)
+    close(net.bn2, 0, 2, 3)
+    why, _ = settled(net)
+    assert why["conv1"] == why["conv2"] == [GONE, NEEDED, GONE, GONE, NEEDED, NEEDED]
+
+
+def test_a_layer_called_again_has_one_width():
+    def forward(net: Any, x: Tensor) -> Tensor:
+        x = net.bn1(net.conv1(x))
+        return net.conv2(F.relu(net.bn2(net.conv2(F.relu(x)))))
+
+    net = Two(forward)
+    close(net.bn1, 0, 1, 2)
+    close(net.bn2, 1, 2, 3)
+    net.head.weight.data[:, [1, 5]] = 0
+    why, _ = settled(net)
+    for name in ("relu", "relu_1", "conv2", "conv2_1"):  # 2 lives at the end: so everywhere
+        assert [place for place, reason in enumerate(why[name]) if reason == GONE] == [1]
+    assert why["relu"] == [TIED, GONE, TIED, NEEDED, NEEDED, NEEDED]
+
+
+@pytest.mark.parametrize(
+    ("least", "multiple", "left"), [(1, 1, 3), (4, 1, 4), (1, 2, 4), (1, 5, 5), (2, 3, 3)]
+)
+def test_dead_channels_are_held_for_a_wanted_width(least, multiple, left):
+    net = Two(chain)
+    close(net.bn1, 0, 2, 3)
+    why, _ = settled(net, min_channels=least, round_to=multiple)
+    assert sum(w != GONE for w in why["conv1"]) == left
+    assert why["conv1"].count(HELD) == left - 3
+
+
+def test_a_width_is_never_above_that_of_the_net():
+    net = Two(chain)
+    close(net.bn1, 0)
+    why, _ = settled(net, round_to=4, min_channels=100)
+    assert len(why["conv1"]) == 6
+    assert GONE not in why["conv1"]
+
+
+@pytest.mark.parametrize("how", ["scatter", "tie"])
+def test_a_dead_branch_is_emptied_and_its_inside_is_idle(how):
+    """G8: block = act(skip)."""
+    net = Two(residual)
+    close(net.bn2, *range(6))
+    why, keeps = settled(net, how)
+    assert [(node.name, stride) for node, stride in keeps.emptied.items()] == [("bn2", 1)]
+    assert {node.name for node in keeps.idle} == {"bn2", "conv2"}
+    assert why["bn2"] == why["conv2"] == [GONE] * 6
+    assert why["relu"] == [NEEDED] * 6
+
+
+def test_a_dead_layer_in_a_chain_keeps_a_channel_and_a_note():
+    """G17."""
+    net = Two(chain)
+    close(net.bn1, *range(6))
+    why, keeps = settled(net)
+    assert sum(w != GONE for w in why["relu"]) == 1
+    assert keeps.notes == ["all dead: the input of Conv2d conv2 keeps 1 of 6 channels"]
+    _, keeps = settled(net, min_channels=3)
+    assert keeps.notes == ["all dead: the input of Conv2d conv2 keeps 3 of 6 channels"]
+
+
+def test_a_width_in_the_forward_code_keeps_all_of_it():
+    """``view(n, 6, -1)`` takes no other width: the walk finds it, the report names it."""
+    net = Two(lambda net, x: F.relu(net.bn1(net.conv1(x))).view(x.shape[0], 6, 8, 6))
+    close(net.bn1, 1, 4)
+    analysis = analyse(net, SHAPE)
+    keeps = settle(analysis, "scatter")
+    (view,) = (node for node in keeps.why if node.name == "view")
+    assert keeps.mask(view).all()
+    assert any("view" in wall and "no other width" in wall for wall in analysis.walls.values())
+
+
+def test_a_number_made_of_a_width_keeps_all_of_it():
+    """x / channels is another function with fewer channels."""
+    net = Two(lambda net, x: (y := F.relu(net.bn1(net.conv1(x)))) / y.shape[1])
+    close(net.bn1, 1, 4)
+    why, _ = settled(net)
+    assert GONE not in why["relu"]
+
+
+@pytest.mark.parametrize("how", ["scatter", "tie"])
+def test_with_every_channel_alive_nothing_is_held(how):
+    for groups in (1, 2, 6):
+        why, keeps = settled(Two(residual, groups), how)
+        assert all(reason == NEEDED for reasons in why.values() for reason in reasons)
+        assert not keeps.notes
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "stride"),
+    [
+        ((2, 5, 8, 6), (2, 7, 8, 6), 1),
+        ((2, 5, 8, 6), (2, 7, 4, 3), 2),
+        ((2, 5, 9, 7), (2, 7, 5, 4), 2),
+        ((2, 5, 9, 7), (2, 7, 4, 3), None),
+        ((2, 5, 9), (2, 7, 9), 1),
+        ((2, 5, 8), (2, 7, 4), None),  # only images are strided
+        ((2, 5, 8, 6), (2, 7), None),
+    ],
+)
+def test_the_stride_between_two_sizes(before, after, stride):
+    assert stride_between(before, after) == stride
+    if stride is not None:
+        image = torch.zeros(before)[..., ::stride]
+        image = image[:, :, ::stride] if image.dim() == 4 else image
+        assert image.shape[2:] == after[2:]

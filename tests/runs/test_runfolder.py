@@ -1,0 +1,201 @@
+"""Folders of runs: taken over, refused, damaged."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dnal_mini.config import SearchConfig
+from dnal_mini.runs import runlog
+from dnal_mini.search.driver import run
+
+ROOT = Path(__file__).parents[2]
+CONFIG = SearchConfig(
+    name="toy",
+    data="toy",
+    val=32,
+    model="vgg16",
+    width=0.07,
+    weight_epochs=1,
+    arch_epochs=3,
+    fine_tune_epochs=2,
+    batch=64,
+    arch_lr=5.0,
+    gate_price=1e-3,
+    precision="float32",
+    channels_last=False,
+    checkpoint_s=0.0,
+)
+
+
+def changed(**fields) -> SearchConfig:
+    return dataclasses.replace(CONFIG, **fields)
+
+
+def test_stage_one_can_be_taken_over_by_a_run_at_another_price(tmp_path):
+    run(CONFIG, tmp_path / "first")
+    dearer = changed(gate_price=2e-3)
+    alone = run(dearer, tmp_path / "alone")
+    taken = run(
+        dataclasses.replace(dearer, weights_from=str(tmp_path / "first")), tmp_path / "taken"
+    )
+    assert taken["fine_tuned_accuracy"] == alone["fine_tuned_accuracy"]
+    assert taken["macs"] == alone["macs"]
+    rows = runlog.read(tmp_path / "taken" / "record.jsonl")
+    assert rows[0]["config"]["weights_from"] == "first"
+    assert [row["stage"] for row in rows if row.get("taken_over")] == ["weight_stage"] + [
+        "baseline"
+    ] * 5
+    origin = runlog.read(tmp_path / "first" / "record.jsonl")[0]
+    assert rows[1]["kind"] == "taken_over"
+    assert rows[1]["created"] == origin["created"]
+    other = dataclasses.replace(dearer, seed=1, weights_from=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="another stage 1: seed"):
+        run(other, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        run(CONFIG, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
+    (tmp_path / "other").mkdir()
+    settings = dataclasses.asdict(changed(seed=3))
+    (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="seed=3, not 0"):
+        run(CONFIG, tmp_path / "other")
+
+
+def without_result(folder: Path) -> None:
+    """As if the run had been stopped before its last row."""
+    record = folder / "record.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-1]))
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path):
+    whole = run(changed(baseline=False), tmp_path / "run")
+    losses = [row["loss"] for row in runlog.epochs(tmp_path / "run")]
+    without_result(tmp_path / "run")
+    halve(tmp_path / "run" / "arch_stage.pt")
+    with pytest.warns(UserWarning, match=r"arch_stage\.pt, which cannot be read; went on from"):
+        again = run(changed(baseline=False), tmp_path / "run")
+    assert again["fine_tuned_accuracy"] == whole["fine_tuned_accuracy"]
+    assert [row["loss"] for row in runlog.epochs(tmp_path / "run")] == losses
+    without_result(tmp_path / "run")
+    for name in ("arch_stage.pt", "arch_stage.before.pt"):
+        halve(tmp_path / "run" / name)
+    with (
+        pytest.warns(UserWarning, match="went on from the one before"),
+        pytest.raises(ValueError, match=r"before\.pt, which cannot be read; remove it"),
+    ):
+        run(changed(baseline=False), tmp_path / "run")
+
+
+def test_a_folder_that_is_being_written_is_refused_to_a_second_process(tmp_path):
+    code = (
+        "import sys; from tests.runs.test_runfolder import CONFIG; from dnal_mini.search.driver import run\n"
+        "run(CONFIG, sys.argv[1])"
+    )
+    refused = []
+
+    def second(row):
+        if row["kind"] == "epoch" and not refused:
+            command = [sys.executable, "-c", code, str(tmp_path / "run")]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            refused.append(done.stderr.splitlines()[-1])
+
+    result = run(changed(weight_epochs=1), tmp_path / "run", on_row=second)
+    assert "which another process is writing; need one at a time" in refused[0]
+    assert run(CONFIG, tmp_path / "run") == result  # a finished one may be read by anybody
+
+
+def test_a_record_that_was_cut_is_whole_again_after_resuming(tmp_path):
+    run(CONFIG, tmp_path / "run")
+    record = tmp_path / "run" / "record.jsonl"
+    rows = runlog.read(record)
+    lines = record.read_bytes().splitlines(keepends=True)
+    cut = next(n for n, row in enumerate(rows) if row.get("stage") == "fine_tune") + 1
+    record.write_bytes(b"".join(lines[:cut]) + lines[cut][:20])
+    with pytest.warns(UserWarning, match=f"line {cut + 1} is cut short"):
+        run(CONFIG, tmp_path / "run")
+    kept = [row for row in runlog.read(record) if row["kind"] != "resume"]
+    assert [told(row) for row in kept] == [told(row) for row in rows]
+
+
+def told(row: dict) -> dict:
+    """A row without what no two runs share."""
+    times = {"seconds", "images_per_s", "latency_s", "created"}
+    return {name: value for name, value in row.items() if name not in times}
+
+
+def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
+    folder = tmp_path / "run"
+
+    def fill(row):
+        if row.get("stage") == "arch_stage" and row["epoch"] == 1:
+            (folder / "arch_stage.pt.part").symlink_to("/dev/full")
+
+    whole = run(changed(baseline=False), tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"got No space left on device for .*; need room"):
+        run(changed(baseline=False), folder, on_row=fill)
+    assert not (folder / "arch_stage.pt.part").exists()
+    result = run(changed(baseline=False), folder)
+    assert told(result) == told(whole)
+
+
+def test_another_clock_and_another_host_change_nothing(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(row):
+        if row.get("stage") == "arch_stage":
+            raise Stop
+
+    whole = run(CONFIG, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(CONFIG, tmp_path / "cut", on_row=stop)
+    monkeypatch.setattr("time.time", lambda: 0.0)  # back in 1970
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    assert told(run(CONFIG, tmp_path / "cut")) == told(whole)
+
+
+def test_a_field_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
+    result = run(CONFIG, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    del settings["label_smoothing"]
+    path.write_text(json.dumps(settings))
+    assert run(CONFIG, tmp_path / "run") == result
+    assert run(changed(devices=2, checkpoint_s=7.0), tmp_path / "run") == result  # means only
+    with pytest.raises(ValueError, match=r"label_smoothing=0\.0, not 0\.1"):
+        run(changed(label_smoothing=0.1), tmp_path / "run")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_diagnosis(tmp_path):
+    wild = changed(weight_epochs=3, weight_lr=1e30, baseline=False)
+    with pytest.raises(FloatingPointError, match=r"epoch 1, step \d+ .*not finite now: .*weight"):
+        run(wild, tmp_path / "run")
+    rows = runlog.read(tmp_path / "run")
+    assert [row["kind"] for row in rows] == ["run", "stopped"]
+    assert "do lower the learning rate" in rows[-1]["text"]
+
+
+def test_a_folder_half_made_is_not_seen(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dnal_mini.runs.runfolder.write_whole", broken)
+        with pytest.raises(ValueError, match="cannot be written"):
+            run(CONFIG, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,149 @@
+"""Many processes compute what one does: under torchrun, and started by the command itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dnal_mini.config import SearchConfig
+from dnal_mini.runs import runlog, tables
+from dnal_mini.search.driver import run
+from dnal_mini.training.devices import from_first, start_processes
+
+pytest.importorskip("lightning_fabric", reason="needs lightning-fabric (extra: devices)")
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parents[1].joinpath("two_processes.py")
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TINY = {
+    "data": "toy", "val": "33", "width": "0.07", "weight-epochs": "2", "arch-epochs": "2",
+    "fine-tune-epochs": "1", "batch": "64", "arch-lr": "0.1", "gate-price": "1e-3",
+    "precision": "float32", "channels-last": "false",
+}  # fmt: skip
+
+
+def succeed(*words: object) -> str:
+    """Run a command in the root of the project; returns its standard output."""
+    done = subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_two_processes_give_the_losses_weights_and_evaluation_of_one(tmp_path):
+    succeed(sys.executable, SCRIPT, tmp_path / "one.pt")
+    succeed(*TORCHRUN, SCRIPT, tmp_path / "two.pt")
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
+    torch.testing.assert_close(
+        torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-10, atol=1e-12
+    )
+    assert two["accuracy"] == one["accuracy"]
+    for name, value in one["net"].items():
+        torch.testing.assert_close(two["net"][name], value, rtol=1e-8, atol=1e-10, msg=name)
+    assert two["norm"] == "BatchNorm2d"  # its own class again
+
+
+def test_the_command_starts_its_processes_and_ends_as_one_does(tmp_path):
+    words = [word for name, value in TINY.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "dnal_mini", "run", "digits", *words]
+    alone = succeed(*command, "--out", tmp_path / "one")
+    shared = succeed(*command, "--devices", 2, "--out", tmp_path / "two")
+    assert shared.count("test accuracy") == alone.count("test accuracy") == 1
+    records = [runlog.read(tmp_path / name) for name in ("one", "two")]
+    kinds = [[(row["kind"], row.get("stage")) for row in rows] for rows in records]
+    assert kinds[0] == kinds[1]  # nobody but the first process writes
+    losses = [[row["loss"] for row in runlog.epochs(rows)] for rows in records]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # float32: rounding grows
+    results = [rows[-1] for rows in records]
+    assert results[1]["test_images"] == results[0]["test_images"]
+    # a folder of two processes goes on with one, and the other way round
+    record = tmp_path / "two" / "record.jsonl"
+    record.write_text("".join(record.read_text().splitlines(keepends=True)[:-2]))
+    (tmp_path / "two" / "fine_tune.pt").unlink()
+    succeed(sys.executable, "-m", "dnal_mini", "resume", tmp_path / "two")
+    assert tables.summary(tmp_path / "two")["finished"]
+
+
+def test_a_signal_to_the_first_of_two_processes_stops_and_saves_both(tmp_path):
+    long = TINY | {"weight-epochs": "500", "checkpoint-s": "0"}
+    words = [word for name, value in long.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "dnal_mini", "run", "digits", *words, "--devices", "2"]
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, "--out", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "weight_stage.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, complained = process.communicate(timeout=120)
+    assert f"continue with: dnal resume {folder}" in complained
+    assert "Traceback" not in complained
+    epochs = runlog.epochs(folder)
+    assert 0 < len(epochs) < 500
+    state = torch.load(folder / "weight_stage.pt", weights_only=True)
+    assert state["epoch"] == epochs[-1]["epoch"]
+
+
+def test_the_images_of_a_split_are_counted_once_by_any_number_of_processes(tmp_path):
+    code = (
+        "import torch; from torch import nn; from dnal_mini.data.sources import toy_images\n"
+        "from dnal_mini.training.devices import start_processes\n"
+        "from dnal_mini.training.loop import evaluate\n"
+        "fabric = start_processes(torch.device('cpu'))\n"
+        "data = toy_images(train=5, val=33, num_classes=3, image_shape=(3, 4, 4))\n"
+        "net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))\n"
+        "nn.init.zeros_(net[1].weight); nn.init.zeros_(net[1].bias); net[1].bias.data[1] = 1\n"
+        "found = [evaluate(net, data.val, data, batch=b, fabric=fabric) for b in (1, 7, 32, 500)]\n"
+        "right = int((data.val.labels == 1).sum()) / 33\n"
+        "assert found == [right] * 4, (found, right)\n"
+    )
+    script = tmp_path / "count.py"
+    script.write_text(code)
+    assert succeed(*TORCHRUN[:-1], "3", script) == ""
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_told(tmp_path):
+    words = [word for name, value in TINY.items() for word in (f"--{name}", value)]
+    command = [*TORCHRUN[:-1], "3", "-m", "dnal_mini", "run", "digits", *words]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "dnal: got batch 64 for 3 processes; need a multiple" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_needs_no_fabric():
+    assert start_processes(torch.device("cpu")) is None
+    assert from_first(None, lambda: 7) == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({"devices": 3}, "got batch 64 for 3 processes; need a multiple"),
+        ({"devices": 128, "batch": 64}, "got batch 64 for 128 processes"),
+        (
+            {"device": "cuda:0" if torch.cuda.is_available() else "cuda", "devices": 64},
+            "got device",
+        ),
+    ],
+)
+def test_processes_and_devices_that_cannot_be_are_told_before_any_is_started(
+    tmp_path, fields, text
+):
+    config = SearchConfig(data="toy", val=33, batch=64, width=0.07)
+    with pytest.raises(ValueError, match=text):
+        run(SearchConfig(**(vars(config) | fields)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
