@@ -152,7 +152,7 @@ def test_sizes_are_the_costs_and_the_bytes_of_a_real_file(tmp_path):
 
 
 def test_a_small_net_that_needs_more_of_something_has_a_ratio_below_one():
-    wide, few = nn.Conv2d(3, 7, 5, stride=5), nn.Conv2d(3, 5, 1)  # 4 places that read 75 numbers, 143 that read 3
+    few, wide = nn.Conv2d(3, 5, 1), nn.Conv2d(3, 7, 5, stride=5)  # 143 places read 3, 4 read 75
     ratios = {r["what"]: r["ratio"] for r in compare(few, wide, SHAPE, **QUICK).sizes}
     assert ratios["macs"] == (143 * 5 * 3) / (2 * 2 * 7 * 75)
     assert ratios["params"] == (5 * 3 + 5) / (7 * 75 + 7)
