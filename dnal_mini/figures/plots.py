@@ -11,26 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dnal_mini.figures.colours import (
-    AMBER,
-    BLUE,
-    COLOURS,
-    GREEN,
-    GREY,
-    INK,
-    PURPLE,
-    VERMILION,
-    colour,
-)
+from dnal_mini.figures.colours import AMBER, BLUE, COLOURS, INK, PURPLE, colour, looks
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
 Table = Any  # a DataFrame or what makes one: {column: values} or [{column: value}, ...]
-
-
-MARKERS = "osD^vPX*"
 
 
 PALE, MIDDLE = "#dde2e8", "#98a2ad"
@@ -234,14 +221,15 @@ def channel_sets(table: Table, ax: "Axes", *, title: str) -> "Axes":
 
 
 def trade_off(table: Table, ax: "Axes", *, title: str) -> "Axes":
-    """Accuracy in percent over MACs on a log axis, one colour and marker per method.
+    """Accuracy in percent over MACs on a log axis, each method in its own colour and marker.
 
     Table: ``method``, ``macs``, ``accuracy``, one row per run. Runs of one ``setting`` (a column
     that may lack) are joined: small points for the runs, a large one for their median.
     """
     frame = _frame(table, "method", "macs", "accuracy")
-    for k, (method, runs) in enumerate(frame.groupby("method", sort=False)):
-        look: dict[str, Any] = {"color": colour(str(method)), "marker": MARKERS[k % len(MARKERS)]}
+    look_of = looks(frame["method"].astype(str))
+    for method, runs in frame.groupby("method", sort=False):
+        look: dict[str, Any] = dict(zip(("color", "marker"), look_of[str(method)], strict=True))
         middle = runs
         if "setting" in frame:
             ax.plot(runs["macs"], runs["accuracy"], ls="", ms=3, alpha=0.5, **look)
@@ -266,10 +254,10 @@ def kept_accuracy(table: Table, ax: "Axes", *, title: str) -> "Axes":
 
     names = ("method", "setting", "seed", "macs_kept", "accuracy", "dense_accuracy")
     frame = _frame(table, *names)
-    inks = (BLUE, VERMILION, GREEN, PURPLE, AMBER, GREY)
-    for k, (method, runs) in enumerate(frame.groupby("method", sort=False)):
-        ink = inks[k % len(inks)]
-        look: dict[str, Any] = {"color": ink, "marker": MARKERS[k % len(MARKERS)]}
+    look_of = looks(frame["method"].astype(str))
+    for method, runs in frame.groupby("method", sort=False):
+        ink, mark = look_of[str(method)]
+        look: dict[str, Any] = {"color": ink, "marker": mark}
         dense = runs.drop_duplicates("seed")["dense_accuracy"]
         middle, around = dense.mean(), dense.std() if len(dense) > 1 else 0.0
         ax.axhspan(middle - around, middle + around, color=ink, alpha=0.18, lw=0)

@@ -103,7 +103,7 @@ def test_the_trade_off_joins_medians_of_settings_on_a_log_axis(ax):
     joined = {line.get_label(): line for line in ax.lines if not line.get_label().startswith("_")}
     assert ax.get_xscale() == "log"
     assert joined["dnal"].get_xydata().tolist() == [[11, 0.72], [110, 0.91]]
-    assert joined["dnal"].get_color() == colours.COLOURS["dnal"]
+    assert joined["dnal"].get_color() == colours.colour("dnal")
     assert joined["dnal"].get_marker() != joined["uniform"].get_marker()
 
 
