@@ -21,6 +21,15 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.images.device
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, c, h, w) and labels (n,) at ``indices`` (n,)."""
+        return self.images[indices], self.labels[indices]
+
     def to(self, device: torch.device | str) -> "Split":
         """The same split with both tensors on ``device``."""
         return Split(self.images.to(device), self.labels.to(device))
