@@ -1,33 +1,76 @@
-"""All settings of a search in one frozen dataclass, checked when it is made."""
+"""Settings as data: what is trained, on which images, by which method, within which budget.
+
+Read ``SearchConfig``; ``stages`` is the table that everything else is derived from. On the command
+line and in files all settings are flat: those of the method stand beside the others.
+"""
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dnal_mini.gating import DeltaForm, Objective, Order
-from dnal_mini.methods.controls import Rule
+from dnal_mini.gating import Order
+from dnal_mini.methods import METHODS
+from dnal_mini.methods.contract import Method, Scorer
+from dnal_mini.methods.dnal import DNAL
 from dnal_mini.pruning.pruner import Residual
-from dnal_mini.training.devices import Precision
+from dnal_mini.training.schedules import ScheduleName
+from dnal_mini.training.stage import Feed, Stage
 
-ScheduleName = Literal["constant", "cosine", "one-cycle"]
+Metric = Literal["macs", "params"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the pruned net may cost: one metric of ``measure.cost``, as a share of the dense net's.
+
+    Raises: ValueError for none or several of them, or a share that is not between 0 and 1.
+    """
+
+    macs: float | None = None
+    """Share of the dense net's multiply-adds."""
+    params: float | None = None
+    """Share of the dense net's parameters."""
+
+    def __post_init__(self) -> None:
+        given = {name: share for name, share in vars(self).items() if share is not None}
+        if len(given) != 1:
+            got = " and ".join(given) or "none"
+            raise ValueError(f"got budget {got}; need one of {', '.join(vars(self))}; do name one")
+        if not 0 < self.share < 1:
+            raise ValueError(
+                f"got budget.{self.metric} {self.share}; need a share of the dense net's between 0 "
+                "and 1, such as 0.3"
+            )
+
+    @property
+    def metric(self) -> Metric:
+        """The one that is given."""
+        return "macs" if self.macs is not None else "params"
+
+    @property
+    def share(self) -> float:
+        """Its share, in (0, 1)."""
+        return float(getattr(self, self.metric))
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """All settings of one sequential optimisation; frozen and checked when made.
+    """All settings of one run from a dense net to a smaller one; frozen and checked when made.
 
     Raises: ValueError naming the field, what it got and what it needs.
     """
 
     name: str = "digits"
     """Name of the recipe, for tables."""
-    data: Literal["digits", "toy", "cifar10"] = "digits"
-    """Data set: embedded digits, drawn toy images, or CIFAR-10."""
+    data: Literal["digits", "toy", "cifar10", "folder"] = "digits"
+    """Images: embedded digits, drawn toy images, CIFAR-10, or any folder of classes."""
     data_dir: str = ""
     """Folder with train/<class>/ and test/<class>/; empty: $DNAL_DATA, else a download."""
+    image_size: int = 0
+    """Side to which the images of a folder are resized, in pixels; 0: as the first one is."""
     val: int = 180
     """Images carved from train for validation, by seed."""
     train_images: int = 0
@@ -40,24 +83,22 @@ class SearchConfig:
     """Network."""
     width: float = 1.0
     """Multiplies every channel count of the network."""
-    optimisation: Literal["sequential", "joint"] = "sequential"
-    """Weights, then gates (paper), or both at once for as many epochs."""
+    method: Method = field(default_factory=DNAL)
+    """Who decides which channels stay; its own settings stand beside these."""
+    budget: Budget | None = None
+    """What the pruned net may cost; none: as the method leaves it."""
     weight_epochs: int = 100
     """Epochs of stage 1 (weights, gates off)."""
-    arch_epochs: int = 20
-    """Epochs of stage 2 (gates, weights frozen)."""
     fine_tune_epochs: int = 100
     """Epochs of stage 3 (weights of the pruned net)."""
-    baseline: bool = True
-    """Also train the dense net on for as many epochs as stages 2 and 3, to compare with."""
+    baseline: Literal["weight-epochs", "all-epochs", "none"] = "weight-epochs"
+    """Train the dense net on, to compare with: as long as the weights, or the gates too, are."""
     batch: int = 128
     """Images per step."""
     weight_lr: float = 0.1
     """Learning rate of stage 1."""
     weight_schedule: ScheduleName = "constant"
     """How it goes: constant (paper), cosine down to 0, or one-cycle (up, then down to 0)."""
-    arch_lr: float = 0.1
-    """Learning rate of s in stage 2, constant."""
     fine_tune_lr: float = 0.1
     """Learning rate of stage 3, and of the baseline: the highest one."""
     fine_tune_schedule: ScheduleName = "cosine"
@@ -67,37 +108,13 @@ class SearchConfig:
     nesterov: bool = False
     """Nesterov's form of it, for the weights."""
     label_smoothing: float = 0.0
-    """Share of the target spread over all classes when weights are trained; 0 in stage 2."""
+    """Share of the target spread over all classes when weights are trained; 0 for gates."""
     weight_decay: float = 1e-4
     """Of the weights."""
-    arch_weight_decay: float = 0.0
-    """Of s, which it pulls towards 0; the authors' scripts have none."""
     reset_momentum: bool = False
     """Empty the momentum buffers before every epoch, as the authors' scripts do."""
-    gate_price: float = 1e-4
-    """Loss (nats) per open gate: lambda_a."""
-    price_per: Literal["gate", "macs"] = "gate"
-    """Every gate costs the same (paper), or in proportion to the MACs that closing it saves."""
-    target_macs: float = 0.0
-    """Share of the dense MACs to end at: the price is found, from gate_price on; 0: as given."""
-    target_by: Literal["price", "shift"] = "price"
-    """How: look for a price and shift s by what is missing, or keep the price and only shift."""
-    gates_from: Rule = "search"
-    """Who decides which channels stay: the search, or a rule to compare it with."""
-    objective: Objective = "paper"
-    """Price sum sigmoid(delta s) as in the paper, or sum sigmoid(s) as in the authors' code."""
-    delta_form: DeltaForm = "paper"
-    """delta from 1 to delta_max (paper), multiplied before each epoch (code), linear, constant."""
-    delta_max: float = 1e4
-    """Steepness in the last architecture epoch."""
     order: Order = "conv-bn-ss-relu"
     """Where the SS layer sits."""
-    threshold: float = 0.5
-    """A gate is open where sigmoid(delta s) is above it; the authors' scripts take 0.9."""
-    freeze_classifier: bool = True
-    """Freeze linear layers too in stage 2 (paper); the authors' scripts train them."""
-    bn_mode: Literal["batch", "running"] = "batch"
-    """BatchNorm statistics in stage 2: of the batch, as in the authors' scripts, or running."""
     floor: float = 0.0
     """Share of a vital layer's channels that is held open, at least one channel."""
     residual: Residual = "scatter"
@@ -110,7 +127,7 @@ class SearchConfig:
     """Seeds initial weights, validation split, order, crops and flips."""
     device: str = "cpu"
     """Torch device: cpu, cuda, cuda:1 …"""
-    precision: Precision = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of convolutions; auto: bfloat16 where the hardware multiplies in it."""
     channels_last: bool = True
     """Memory layout of images and filters."""
@@ -125,64 +142,170 @@ class SearchConfig:
     strategy: Literal["ddp"] = "ddp"
     """How Lightning Fabric shares the work."""
 
-    def epochs(self, stage: str) -> int:
-        """Number of epochs of a stage; the baseline takes as many as stages 2 and 3 together."""
-        if stage == "baseline":
-            return self.arch_epochs + self.fine_tune_epochs
-        if stage == "joint_stage":
-            return self.weight_epochs + self.arch_epochs
-        return int(getattr(self, stage.removesuffix("_stage") + "_epochs"))
-
     def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value, hint = getattr(self, field.name), hints[field.name]
-            words = get_args(hint)
-            if words and value not in words:
-                raise ValueError(f"got {field.name} {value!r}; need one of {', '.join(words)}")
-            kind = (int, float) if hint is float else hint
-            wrong = isinstance(value, bool) and hint is not bool
-            if not words and (wrong or not isinstance(value, kind)):
-                raise ValueError(
-                    f"got {field.name} {value!r}; need a value of type {hint.__name__}"
-                )
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if not (low <= value <= high and math.isfinite(value)):
-                above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-                raise ValueError(f"got {name} {value}; need {above}")
-        if self.gates_from != "search" and self.target_macs == 0:
+        _check(self, RANGES)
+        _check(self.method, self.method.ranges)
+        if self.method.needs_budget and self.budget is None:
             raise ValueError(
-                f"got gates_from {self.gates_from!r} with target_macs 0; need a target: a rule "
-                "ranks channels, and does not know how many to keep"
+                f"got method {self.method.name!r} without a budget; need one: it ranks channels, "
+                "and does not know how many to keep; do add --budget.macs 0.3"
             )
-        if self.optimisation == "joint" and self.baseline:
-            raise ValueError("got joint optimisation with a baseline; need --baseline false")
+        if self.method.trains_from_start and self.baseline != "none":
+            raise ValueError(
+                "got an optimisation that trains the weights itself, with a baseline to go on "
+                "from; need --baseline none"
+            )
         if self.nesterov and self.momentum == 0:
             raise ValueError("got nesterov with momentum 0; need momentum; do set --momentum 0.9")
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, flat and JSON-able: those of the method beside the others."""
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        budget = self.budget and {self.budget.metric: self.budget.share}
+        return own | {"method": self.method.name, "budget": budget} | vars(self.method)
+
+    @classmethod
+    def of(cls, settings: dict[str, Any]) -> "SearchConfig":
+        """The config of flat settings, today's or those of an older version; see ``upgraded``.
+
+        What is not there has its default.
+        Raises: ValueError for a setting that no method, or another one, has.
+        """
+        return cls(method=METHODS["dnal"]()).replace(**upgraded(settings))
+
+    def replace(self, **changes: Any) -> "SearchConfig":
+        """A config with other settings, those of the method among them; ``method``: by name."""
+        given = changes.pop("method", self.method)
+        kind = METHODS[known(given, METHODS, "method")] if isinstance(given, str) else type(given)
+        method = given if isinstance(given, Method) else self.method
+        method = method if type(method) is kind else kind()
+        own = {f.name for f in fields(self)}
+        theirs = {f.name for f in fields(kind)}
+        for name in changes:
+            if known(name, {*own, *METHOD_FIELDS}, "field") not in own | theirs:
+                owner = next(m for m in METHODS.values() if name in {f.name for f in fields(m)})
+                raise ValueError(
+                    f"got {name} for method {kind.name}, which has no such field; need one of "
+                    f"{', '.join(sorted(theirs)) or 'those of the run'}; do add --method "
+                    f"{owner.name}, or leave it out"
+                )
+        if isinstance(budget := changes.get("budget"), dict):
+            changes["budget"] = Budget(**budget)
+        for_method = {name: changes.pop(name) for name in theirs & changes.keys()}
+        method = dataclasses.replace(method, **for_method)
+        return dataclasses.replace(self, method=method, **changes)
+
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages of the run, in order: weights, the dense rival, the method's, fine-tuning."""
+        own = self.method_stages()
+        first = () if self.method.trains_from_start else (self._weights(),)
+        tuned = dataclasses.replace(
+            self._weights("fine_tune"),
+            epochs=self.fine_tune_epochs,
+            lr=self.fine_tune_lr,
+            schedule=self.fine_tune_schedule,
+            after=(*first, *own)[-1].name,
+            settings=frozenset(TUNING),
+        )
+        longer = self.baseline == "all-epochs"
+        more = sum(stage.epochs for stage in own if longer or stage.trains != "gates")
+        twin = dataclasses.replace(
+            tuned,
+            name="baseline",
+            epochs=more + self.fine_tune_epochs,
+            after="weight_stage",
+            settings=frozenset({"baseline", *TUNING[:3]}),
+            seed=f"{self.seed}/baseline",
+        )
+        if not isinstance(self.method, Scorer):  # the weights start anew: they get all epochs
+            tuned = dataclasses.replace(tuned, epochs=self.weight_epochs + self.fine_tune_epochs)
+        return (*first, *([twin] if self.baseline != "none" else []), *own, tuned)
+
+    def method_stages(self) -> tuple[Stage, ...]:
+        """The stages of the method; the first may take the place of stage 1."""
+        method, weights = self.method, self._weights()
+        decide = {"method", "floor", *(f.name for f in fields(method))} - {*method.meeting}
+        if method.searches_strength:
+            decide |= {"budget", *method.meeting}
+        after, found = "" if method.trains_from_start else weights.name, []
+        for stage in method.stages(weights):
+            settings = frozenset(decide) if after else weights.settings | decide
+            seed = f"{self.seed}/{stage.name}"
+            found.append(dataclasses.replace(stage, after=after, settings=settings, seed=seed))
+            after = stage.name
+        return tuple(found)
+
+    def _weights(self, name: str = "weight_stage") -> Stage:
+        """Stage 1, from which all other stages are made."""
+        feed = Feed(
+            self.batch, self.crop, self.flip, self.precision, self.channels_last, self.compile
+        )
+        return Stage(
+            name,
+            self.weight_epochs,
+            self.weight_lr,
+            self.weight_schedule,
+            settings=frozenset(f.name for f in fields(self)) - {"name", *MEANS, *TUNING, *LATER},
+            seed=f"{self.seed}/{name}",
+            feed=feed,
+            momentum=self.momentum,
+            nesterov=self.nesterov,
+            weight_decay=self.weight_decay,
+            label_smoothing=self.label_smoothing,
+            reset_momentum=self.reset_momentum,
+        )
 
 
 # They say where and with what, not what: not in comparisons of runs. Paths are kept out of records.
 PATHS = ("data_dir", "weights_from")
-
-
 MEANS = (*PATHS, "checkpoint_s", "devices", "num_nodes", "strategy")
-
-
+TUNING = ("fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "residual", "tuned_from")
+LATER = ("method", "budget", "floor", "baseline")  # not in stage 1 either
+METHOD_FIELDS = frozenset(f.name for method in METHODS.values() for f in fields(method))
 TINY = 1e-12
-
-
 RANGES = {
-    "val": (1, math.inf), "train_images": (0, math.inf), "crop": (0, 64), "width": (TINY, 64),
-    "weight_epochs": (1, math.inf),
-    "arch_epochs": (1, math.inf), "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf),
-    "weight_lr": (TINY, math.inf), "arch_lr": (TINY, math.inf), "fine_tune_lr": (TINY, math.inf),
-    "momentum": (0, 1), "weight_decay": (0, math.inf), "arch_weight_decay": (0, math.inf),
-    "gate_price": (0, math.inf),
-    "label_smoothing": (0, 1), "target_macs": (0, 1), "checkpoint_s": (0, math.inf),
-    "devices": (1, 1024), "num_nodes": (1, 65536), "delta_max": (1, 1e9),
-    "threshold": (1e-6, 1 - 1e-6), "floor": (0, 1), "seed": (0, 2**62),
+    "val": (1, math.inf), "train_images": (0, math.inf), "image_size": (0, 65536),
+    "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (1, math.inf),
+    "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf), "weight_lr": (TINY, math.inf),
+    "fine_tune_lr": (TINY, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf),
+    "label_smoothing": (0, 1), "checkpoint_s": (0, math.inf), "devices": (1, 1024),
+    "num_nodes": (1, 65536), "floor": (0, 1), "seed": (0, 2**62),
 }  # fmt: skip
+
+
+def _check(part: SearchConfig | Method, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises: ValueError for a field of another type, word or range."""
+    hints = get_type_hints(type(part))
+    for name in (f.name for f in fields(part)):
+        value, hint = getattr(part, name), hints[name]
+        if get_origin(hint) is Literal:
+            words = get_args(hint)
+            if value not in words:
+                raise ValueError(f"got {name} {value!r}; need one of {', '.join(words)}")
+        elif not isinstance(value, (int, float) if hint is float else hint) or (
+            isinstance(value, bool) and hint is not bool
+        ):
+            kind = getattr(hint, "__name__", str(hint))
+            raise ValueError(f"got {name} {value!r}; need a value of type {kind}")
+    for name, (low, high) in ranges.items():
+        value = getattr(part, name)
+        if not (low <= value <= high and math.isfinite(value)):
+            above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise ValueError(f"got {name} {value}; need {above}")
+
+
+def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Flat settings of a record or folder of any version in today's words."""
+    new = dict(settings)
+    if "method" in new:
+        return new
+    rule, share, twin = (new.pop(k, None) for k in ("gates_from", "target_macs", "baseline"))
+    new["method"] = "dnal" if rule in (None, "search") else rule
+    new["budget"] = {"macs": share} if share else None
+    new["baseline"] = "none" if twin is False else "all-epochs"
+    for name in () if new["method"] == "dnal" else METHOD_FIELDS:
+        new.pop(name, None)
+    return new
 
 
 def known(word: str, names: Iterable[str], what: str) -> str:
@@ -195,6 +318,6 @@ def known(word: str, names: Iterable[str], what: str) -> str:
         return word
     begin = [name for name in names if word and name.startswith(word)]
     near = begin or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    need = " or ".join(near) if near else f"one of {', '.join(names)}"
+    need = " or ".join(near) if near else f"one of {', '.join(sorted(names))}"
     help_ = {"field": "dnal run --help", "recipe": "dnal recipes"}.get(what, "dnal --help")
     raise ValueError(f"got {what} {word!r}; need {need}; do see {help_}")

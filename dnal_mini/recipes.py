@@ -4,9 +4,9 @@ Where the paper is silent (facts marked unknown in the docstrings) the choice is
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from dnal_mini.config import SearchConfig
+from dnal_mini.methods.dnal import DNAL
 
 
 def digits() -> SearchConfig:
@@ -23,13 +23,11 @@ def digits() -> SearchConfig:
         model="vgg16",
         width=0.125,
         weight_epochs=6,
-        arch_epochs=6,
         fine_tune_epochs=8,
         batch=32,
         weight_lr=0.05,
-        arch_lr=0.5,
         fine_tune_lr=0.05,
-        gate_price=1e-3,
+        method=DNAL(arch_epochs=6, arch_lr=0.5, gate_price=1e-3),
         floor=0.1,
         precision="float32",
         channels_last=False,
@@ -48,13 +46,11 @@ def cifar10_cpu() -> SearchConfig:
         model="vgg16",
         width=0.25,
         weight_epochs=6,
-        arch_epochs=6,
         fine_tune_epochs=8,
         weight_lr=0.1,
-        arch_lr=0.1,
         fine_tune_lr=0.1,
         weight_decay=5e-4,
-        gate_price=1e-4,
+        method=DNAL(arch_epochs=6, arch_lr=0.1, gate_price=1e-4),
         floor=0.05,
     )
 
@@ -64,8 +60,7 @@ def resnet56_cpu() -> SearchConfig:
 
     Run: ``dnal run resnet56_cpu --data-dir FOLDER``. All epochs are ours, and few.
     """
-    return replace(
-        cifar10_cpu(),
+    return cifar10_cpu().replace(
         name="resnet56_cpu",
         model="resnet56",
         weight_epochs=3,
@@ -82,8 +77,7 @@ def vgg16_mini() -> SearchConfig:
     Run: ``dnal run vgg16_mini --data-dir FOLDER``. What the chapters on settings and controls
     compare; ``benchmarks/experiments.py`` makes their records. All epochs and rates are ours.
     """
-    return replace(
-        cifar10_cpu(),
+    return cifar10_cpu().replace(
         name="vgg16_mini",
         val=2500,
         train_images=10_000,
@@ -95,7 +89,7 @@ def vgg16_mini() -> SearchConfig:
         arch_lr=0.25,
         fine_tune_lr=0.05,
         gate_price=1e-3,
-        baseline=False,
+        baseline="none",
     )
 
 
@@ -104,8 +98,7 @@ def mobilenetv2_mini() -> SearchConfig:
 
     Run: ``dnal run mobilenetv2_mini --data-dir FOLDER``.
     """
-    return replace(
-        vgg16_mini(),
+    return vgg16_mini().replace(
         name="mobilenetv2_mini",
         model="mobilenetv2",
         train_images=4000,
@@ -130,7 +123,7 @@ def resnet56_cifar10() -> SearchConfig:
 
     The placement of gates (stem and both norms of a block) is by analogy with the ImageNet code.
     """
-    return replace(vgg16_cifar10(), name="resnet56_cifar10", model="resnet56")
+    return vgg16_cifar10().replace(name="resnet56_cifar10", model="resnet56")
 
 
 def mobilenetv2_cifar10() -> SearchConfig:
@@ -138,8 +131,8 @@ def mobilenetv2_cifar10() -> SearchConfig:
 
     Weight decay 4e-5 and the placement of gates are those of the authors' ImageNet scripts.
     """
-    vgg = vgg16_cifar10()
-    return replace(vgg, name="mobilenetv2_cifar10", model="mobilenetv2", weight_decay=4e-5)
+    new = {"name": "mobilenetv2_cifar10", "model": "mobilenetv2"}
+    return vgg16_cifar10().replace(**new, weight_decay=4e-5)
 
 
 def vgg16_cifar10_fast() -> SearchConfig:
@@ -165,17 +158,17 @@ def mobilenetv2_cifar10_fast() -> SearchConfig:
 
 def _fast(paper: SearchConfig) -> SearchConfig:
     """A fifth of the epochs of a recipe, with what makes short training good."""
-    return replace(
-        paper,
+    gates = paper.settings()
+    return paper.replace(
         name=paper.name + "_fast",
         weight_epochs=paper.weight_epochs // 5,
-        arch_epochs=paper.arch_epochs // 5,
+        arch_epochs=gates["arch_epochs"] // 5,
         fine_tune_epochs=paper.fine_tune_epochs // 5,
         weight_schedule="one-cycle",
         fine_tune_schedule="one-cycle",
         weight_lr=0.2,
         fine_tune_lr=0.1,
-        arch_lr=5 * paper.arch_lr,
+        arch_lr=5 * gates["arch_lr"],
         nesterov=True,
         label_smoothing=0.1,
         weight_decay=5e-4,

@@ -4,37 +4,44 @@ For ``__main__`` only; knows no command and reads no file. Read ``overrides`` fi
 """
 
 import contextlib
-import dataclasses
 import io
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import Any, get_type_hints
 
-from dnal_mini.config import known
-
-if TYPE_CHECKING:
-    from dnal_mini.config import SearchConfig
+from dnal_mini.config import Budget, SearchConfig, known
+from dnal_mini.methods import METHODS
 
 
-def overrides(words: list[str], config: "SearchConfig") -> dict[str, Any]:
-    """``--field value`` pairs as a dict of typed values; "out" may be among them.
+def overrides(words: list[str], config: SearchConfig) -> dict[str, Any]:
+    """``--field value`` pairs as a dict of typed values; "out" and "budget" may be among them.
+
+    The fields of all methods are known here; ``SearchConfig.replace`` says whose they are.
 
     Raises: ValueError for a word without a flag, a flag without a value, an unknown field, or a
     value of another type.
     """
-    types = get_type_hints(type(config))
-    names = [field.name for field in dataclasses.fields(config)] + ["out"]
-    rest, values = list(words), {}
+    types = get_type_hints(type(config)) | {"method": str, "out": str}
+    for method in METHODS.values():
+        types |= {field.name: get_type_hints(method)[field.name] for field in fields(method)}
+    budget = {f"budget.{field.name}": float for field in fields(Budget)}
+    names = [name for name in types if name not in ("budget", "ranges")]
+    rest, values, share = list(words), {}, {}
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         if not flag.startswith("--"):
             raise ValueError(f"got {flag!r} alone; need --field value; do put the recipe first")
-        name = known(flag[2:].replace("-", "_"), names, "field")
+        name = flag[2:].replace("-", "_").replace("target_macs", "budget.macs")
+        name = known(name, [*names, *budget], "field")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
             text = rest.pop(0)
-        values[name] = text if name == "out" else typed(flag, text, types[name])
-    return values
+        if name in budget:
+            share[name.partition(".")[2]] = typed(flag, text, float)
+        else:
+            values[name] = typed(flag, text, types[name])
+    return values | ({"budget": Budget(**share)} if share else {})
 
 
 def typed(flag: str, value: Any, kind: Any) -> Any:
@@ -96,7 +103,7 @@ def paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[lis
     return paths, {known(flag, switches, "option") for flag in flags}
 
 
-def print_fields(config: "SearchConfig", command: str) -> None:
+def print_fields(config: SearchConfig, command: str) -> None:
     """tyro's help page: every field with its value in this recipe and what it is for."""
     import tyro
 

@@ -4,18 +4,17 @@ A mistake of the user's ends in one line on stderr and exit code 2. Progress bar
 the library.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
 import shlex
 import sys
 import warnings
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dnal_mini.cli.arguments import (
-    known,
     overrides,
     paths_and_switches,
     print_fields,
@@ -24,11 +23,14 @@ from dnal_mini.cli.arguments import (
     typed,
 )
 from dnal_mini.cli.display import Display, how_to_continue, show_of_several
-from dnal_mini.runs import origin, runlog, tables
+from dnal_mini.config import PATHS, Budget, SearchConfig, known
+from dnal_mini.deployment.export import export
+from dnal_mini.methods import METHODS
+from dnal_mini.recipes import RECIPES
+from dnal_mini.runs import aggregate, origin, runlog, tables
 from dnal_mini.runs.reopen import nets_in, settings_in
-
-if TYPE_CHECKING:
-    from dnal_mini.config import SearchConfig
+from dnal_mini.search import driver, sweep
+from dnal_mini.training.devices import is_first_process
 
 USAGE = """\
 usage: dnal run [RECIPE] [--field value ...] [--out DIR]
@@ -116,14 +118,12 @@ def _run(words: list[str]) -> None:
         return
     given = overrides(rest, config)
     out = given.pop("out", None)
-    config = dataclasses.replace(config, **given)
+    config = config.replace(**given)
     _search(config, Path(out) if out else Path("runs") / f"{config.name}-{_hash(config)}")
 
 
-def _recipe(words: list[str]) -> tuple["SearchConfig", list[str]]:
+def _recipe(words: list[str]) -> tuple[SearchConfig, list[str]]:
     """The recipe that the first word names, else digits, and the words that are left."""
-    from dnal_mini.recipes import RECIPES
-
     bare = bool(words) and not words[0].startswith("-")
     name = words[0] if bare else "digits"
     return RECIPES[known(name, RECIPES, "recipe")](), words[1:] if bare else list(words)
@@ -143,24 +143,27 @@ def _resume(words: list[str]) -> None:
 
 def _sweep(words: list[str]) -> None:
     """All runs of a sweep that are not finished, in a folder that the settings name, or --out."""
-    from dnal_mini.search import sweep
-
     config, rest = _recipe(words)
     if "-h" in words or "--help" in words:
         print_fields(config, "dnal sweep [RECIPE] --gate-price P1 P2 ... [--seed S1 S2 ...]")
         return
-    prices, targets = take_all(rest, "--gate-price"), take_all(rest, "--target-macs")
-    if (prices is None) == (targets is None):
-        got = "no price" if prices is None else "prices and targets"
-        need = "--gate-price P1 P2 ..., or --target-macs M1 M2 ..."
+    rest = [word.replace("--target-macs", "--budget.macs") for word in rest]
+    strengths = {m.strength: f"--{m.strength.replace('_', '-')}" for m in METHODS.values()}
+    flags = strengths | {f"budget.{f.name}": f"--budget.{f.name}" for f in fields(Budget)}
+    asked = {name: texts for name in flags if (texts := name and take_all(rest, flags[name]))}
+    if len(asked) != 1:
+        got = " and ".join(flags[name] for name in asked) or "nothing that the runs differ in"
+        need = "one of " + ", ".join(f"{flag} V1 V2 ..." for name, flag in flags.items() if name)
         raise ValueError(f"got {got}; need {need}; do name what the runs differ in")
-    field: sweep.Field = "gate_price" if targets is None else "target_macs"
-    values = [typed(field, text, float) for text in prices or targets or ()]
+    ((field, texts),) = asked.items()
+    values = [typed(field, text, float) for text in texts]
     seeds = take_all(rest, "--seed")
     jobs, ray = take(rest, "--jobs"), take_all(rest, "--ray")
     given = overrides(rest, config)
     out = given.pop("out", None)
-    config = dataclasses.replace(config, **given)
+    first = {field: values[0]} if field in strengths else {}
+    first |= {"budget": Budget(**{field.partition(".")[2]: values[0]})} if not first else {}
+    config = config.replace(**given, **first)
     folder = Path(out) if out else Path("runs") / f"{config.name}-sweep-{_hash(config)}"
     try:
         failed = sweep.sweep(
@@ -184,9 +187,6 @@ def _sweep(words: list[str]) -> None:
 
 def _report(words: list[str]) -> None:
     """Results of one run, or of several, or of a sweep, in tables; and a figure of them."""
-    from dnal_mini.runs import aggregate
-    from dnal_mini.search import sweep
-
     rest = list(words)
     figure = take(rest, "--figure")
     paths, switches = paths_and_switches(rest, ("--epochs", "--markdown", "--figure"))
@@ -210,8 +210,6 @@ def _report(words: list[str]) -> None:
 
 def _export(words: list[str]) -> None:
     """The nets of a run, or that of a saved file, written for other runtimes and checked."""
-    from dnal_mini.deployment.export import export
-
     rest = list(words)
     kind = known(take(rest, "--format") or "both", ("onnx", "pt2", "both"), "format")
     out = take(rest, "--out")
@@ -238,22 +236,17 @@ def _export(words: list[str]) -> None:
 
 def _recipes(words: list[str]) -> None:
     """Name, model, epochs of the three stages, and the first line of each recipe."""
-    from dnal_mini.recipes import RECIPES
-
     paths_and_switches(words, ())
     for name, recipe in RECIPES.items():
         config = recipe()
-        epochs = (config.weight_epochs, config.arch_epochs, config.fine_tune_epochs)
+        epochs = [stage.epochs for stage in config.stages() if stage.name != "baseline"]
         about = (recipe.__doc__ or "").strip().splitlines()[0]
         print(f"{name:<20} {config.model:<12} {'+'.join(map(str, epochs))} epochs\n    {about}")
     print("\nepochs: weight stage + architecture stage + fine-tuning")
 
 
-def _search(config: "SearchConfig", out: Path) -> None:
+def _search(config: SearchConfig, out: Path) -> None:
     """Run or resume in ``out`` with a live display, then print the final table."""
-    from dnal_mini.search import driver
-    from dnal_mini.training.devices import is_first_process
-
     display = Display(sys.stderr, f"{config.name}: the run is kept in {out}")
     try:
         driver.run(config, out, progress=display.progress, on_row=display.show)
@@ -263,10 +256,8 @@ def _search(config: "SearchConfig", out: Path) -> None:
         print(tables.final_table(out))
 
 
-def _hash(config: "SearchConfig") -> str:
+def _hash(config: SearchConfig) -> str:
     """Six digits that differ between runs of one recipe with other settings."""
-    from dnal_mini.config import PATHS
-
-    settings = dataclasses.asdict(config)
+    settings = config.settings()
     text = json.dumps({name: settings[name] for name in sorted({*settings} - {*PATHS})})
     return hashlib.sha256(text.encode()).hexdigest()[:6]

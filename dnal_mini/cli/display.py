@@ -68,8 +68,9 @@ class Display:
                 line = tables.epoch_line(row)
                 self.latest = "  ".join(line.split("  ")[1:-1])  # without stage and seconds
             case "probe":
-                price, share = row["price_asked"], row["macs_share"]
-                line = f"probe: gate price {price:.4g} leaves {share:.1%} of the MACs"
+                (column,) = (name for name in row if name.endswith("_share"))
+                share, what = row[column], column.removesuffix("_share")
+                line = f"probe: price {row['price_asked']:.4g} leaves {share:.1%} of the {what}"
             case "warning":
                 line = f"WARNING, {row['stage']} epoch {row['epoch']}: {row['text']}"
             case _:

@@ -1,11 +1,11 @@
-"""What a search has to be compared with: rules that choose channels without one.
+"""Rules that choose channels without a search: what every search has to be compared with.
 
-Each rule gives every gated channel a score, which becomes its ``s``: the higher, the sooner it
-stays. How many stay is decided by a common shift of all s (``stages.meet_target``), so that a rule
-and a search can be compared at the same number of MACs.
+Each gives every gated channel a value and has no setting; how many stay is the budget's business,
+so that a rule and a search can be compared at the same cost.
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,35 +13,64 @@ from torch import Tensor, nn
 from dnal_mini.gating import gates
 from dnal_mini.layers.gated_norm import GatedNorm
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
+from dnal_mini.methods.contract import Method, Subject, Values
 
-Rule = Literal["search", "random", "uniform", "l1-norm"]
+
+@dataclass(frozen=True)
+class Control(Method):
+    """A rule: all channels that the budget leaves are alive."""
+
+    needs_budget: ClassVar[bool] = True
+
+    def alive(self, subject: Subject) -> Values:
+        """All channels."""
+        every = gates(subject.net).items()
+        return {name: torch.ones_like(gate.s, dtype=torch.bool) for name, gate in every}
 
 
-@torch.no_grad()
-def rank_by(net: nn.Module, rule: Rule, seed: int) -> None:
-    """Set every ``s`` of a gated net to what a rule thinks of its channel, in place.
+@dataclass(frozen=True)
+class Random(Control):
+    """Normal numbers, so that layers keep about the same share, by chance."""
 
-    "random": normal numbers, so that layers keep about the same share, by chance. "uniform":
-    evenly spaced numbers in random order, so that they keep the same share. "l1-norm": the sum of
-    the absolute weights of a channel's filter, divided by the mean of its layer, minus 1.
+    name: ClassVar[str] = "random"
 
-    Source: Li et al. 2017 [li2017filters] for the L1 norm.
+    def values(self, subject: Subject) -> Values:
+        """A draw by the run's seed."""
+        draw = torch.Generator().manual_seed(subject.seed)
+        found = gates(subject.net).items()
+        return {name: torch.randn(len(gate.s), generator=draw) for name, gate in found}
+
+
+@dataclass(frozen=True)
+class Uniform(Control):
+    """Evenly spaced numbers in random order, so that all layers keep the same share."""
+
+    name: ClassVar[str] = "uniform"
+
+    def values(self, subject: Subject) -> Values:
+        """Ranks in (-1/2, 1/2), in an order drawn by the run's seed."""
+        draw = torch.Generator().manual_seed(subject.seed)
+        counts = {name: len(gate.s) for name, gate in gates(subject.net).items()}
+        return {
+            name: (torch.randperm(count, generator=draw) + 0.5) / count - 0.5
+            for name, count in counts.items()
+        }
+
+
+@dataclass(frozen=True)
+class L1Norm(Control):
+    """The sum of the absolute weights of a channel's filter, over the mean of its layer.
+
+    Source: Li et al. 2017 [li2017filters].
     Differs: there each layer is given its share by hand; here all layers are ranked together.
-    Raises: ValueError for "search", which is no rule.
     """
-    if rule == "search":
-        raise ValueError("got rule 'search'; need random, uniform or l1-norm")
-    draw = torch.Generator().manual_seed(seed)
-    norms = filter_norms(net) if rule == "l1-norm" else {}
-    for name, gate in gates(net).items():
-        count = len(gate.s)
-        if rule == "random":
-            score = torch.randn(count, generator=draw)
-        elif rule == "uniform":
-            score = (torch.randperm(count, generator=draw) + 0.5) / count - 0.5
-        else:
-            score = norms[name] / norms[name].mean() - 1
-        gate.s.copy_(score)
+
+    name: ClassVar[str] = "l1-norm"
+
+    def values(self, subject: Subject) -> Values:
+        """The norm of each filter divided by its layer's mean, minus 1."""
+        found = filter_norms(subject.net)
+        return {name: (norms / norms.mean() - 1).cpu() for name, norms in found.items()}
 
 
 def filter_norms(net: nn.Module) -> dict[str, Tensor]:
@@ -58,14 +87,14 @@ def filter_norms(net: nn.Module) -> dict[str, Tensor]:
             last = module
         elif isinstance(module, ScaledSigmoid):
             count = len(module.s)
-            conv = convolution_of(net, name) or last
+            conv = _convolution_of(net, name) or last
             if conv is None or conv.out_channels != count:
                 raise ValueError(f"got gate {name} without a convolution of {count} channels")
             norms[name] = conv.weight.detach().abs().sum((1, 2, 3))
     return norms
 
 
-def convolution_of(net: nn.Module, gate: str) -> nn.Conv2d | None:
+def _convolution_of(net: nn.Module, gate: str) -> nn.Conv2d | None:
     """The convolution before a gate that a rewritten graph calls after all modules; else None."""
     if not isinstance(net, torch.fx.GraphModule) or isinstance(net.get_submodule(gate), GatedNorm):
         return None

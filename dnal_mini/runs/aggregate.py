@@ -4,7 +4,6 @@ For records of finished runs, of a sweep or not; trains nothing. Read ``by_setti
 ``variants`` groups runs whose files are called after what differs.
 """
 
-import dataclasses
 import json
 import statistics
 import textwrap
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dnal_mini.config import MEANS, SearchConfig
+from dnal_mini.methods import METHODS
 from dnal_mini.runs import runlog
 from dnal_mini.runs.tables import COLUMNS_OF_A_SCREEN, format_table, results_table, summary
 
@@ -36,7 +36,7 @@ HEAD = (
 )
 
 
-USUAL = {"optimisation": "sequential", "gates_from": "search", "tuned_from": "pruned"}
+USUAL = {"optimisation": "sequential", "method": "dnal", "tuned_from": "pruned"}
 
 
 CLOSE = 0.01  # accuracy that a reader may give away for a smaller network: one point
@@ -59,12 +59,11 @@ def by_settings(records: Iterable[Record]) -> list[list[Row]]:
     groups: dict[str, dict[int, Row]] = defaultdict(dict)
     for rows in _finished(records):
         found = summary(rows)
-        config = dataclasses.asdict(SearchConfig()) | rows[0]["config"]
-        target, price = config["target_macs"], config["gate_price"]
-        label = " ".join(
-            [f"target {target:g}" if target else f"{price:g}"]
-            + [config[name] for name, usual in USUAL.items() if config[name] != usual]
-        )
+        config = SearchConfig.of(rows[0]["config"]).settings()
+        strength = config.get(METHODS[config["method"]].strength)
+        asked = [f"target {share:g}" for share in (config["budget"] or {}).values()]
+        odd = [config[name] for name, usual in USUAL.items() if config.get(name, usual) != usual]
+        label = " ".join([*(asked or [f"{strength:g}"]), *odd])
         key = {name: config[name] for name in config if name not in {"seed", *MEANS}}
         groups[json.dumps(key, sort_keys=True)][found["seed"]] = found | {"setting": label}
     return sorted(
@@ -291,7 +290,6 @@ def _outcome(rows: list[runlog.Row]) -> dict[str, float]:
 
 def _changed(rows: list[runlog.Row], base: list[runlog.Row]) -> runlog.Row:
     """Settings that differ from ``base``; name, seed, place and the dense rival do not count."""
-    defaults = dataclasses.asdict(SearchConfig())
-    own, other = defaults | rows[0]["config"], defaults | base[0]["config"]
+    own, other = (SearchConfig.of(each[0]["config"]).settings() for each in (rows, base))
     apart = {"name", "seed", "baseline", *MEANS}
     return {key: own[key] for key in own if key not in apart and own[key] != other.get(key)}

@@ -2,28 +2,32 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
 
-from dnal_mini.config import SearchConfig, known
+import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
+from dnal_mini.config import SearchConfig, upgraded
+from dnal_mini.gating import add_gates, gates
+from dnal_mini.models import MODELS
+from dnal_mini.pruning.foldgates import drop_gates
+from dnal_mini.pruning.netfile import load
+from dnal_mini.pruning.pruner import Pruned
 
-    from dnal_mini.pruning.pruner import Pruned
 
+def settings_in(folder: Path) -> SearchConfig:
+    """The settings of the run in a folder; not the record's, which do not say where the data is.
 
-def settings_in(folder: Path) -> "SearchConfig":
-    """The settings of the run in a folder; not the record's, which do not say where the data is."""
-    path, types = folder / "config.json", get_type_hints(SearchConfig)
+    Raises: ValueError if there are none, or if they are another version's.
+    """
+    path = folder / "config.json"
     try:
-        stored = dict(json.loads(path.read_bytes()))
+        stored = upgraded(dict(json.loads(path.read_bytes())))
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"got {path} ({error}); need a run's settings; do start it anew") from None
-    names = [known(name, types, "field") for name in stored]
-    return SearchConfig(**{n: stored[n] for n in names})
+    return SearchConfig.of(stored)
 
 
-def nets_in(path: Path) -> tuple[dict[str, "nn.Module"], tuple[int, ...]]:
+def nets_in(path: Path) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
     """The dense and the pruned net of a run folder, or the pruned one of a file; their images."""
     whole = path.is_dir()
     file = path / "small.safetensors" if whole else path
@@ -31,19 +35,17 @@ def nets_in(path: Path) -> tuple[dict[str, "nn.Module"], tuple[int, ...]]:
         raise ValueError(f"got {path} without {file.name}; need a finished run; do dnal resume it")
     if not whole and path.suffix != ".safetensors":
         raise ValueError(f"got {path}; need a run folder or a .safetensors file; do check the path")
-    small = _saved(file)
+    small = saved(file)
     nets = {"dense": _dense(path, small)} if whole else {}
     return nets | {"pruned": small.module}, tuple(small.spec["image_shape"])
 
 
-def _saved(path: Path) -> "Pruned":
+def saved(path: Path) -> Pruned:
     """A file of ``save`` with the builder that it names."""
-    from dnal_mini.models import MODELS
-    from dnal_mini.pruning.netfile import load
 
     def build(
         builder: str = "", num_classes: int = 10, width: float = 1.0, image_size: int | None = None
-    ) -> "nn.Module":
+    ) -> nn.Module:
         if builder not in MODELS:
             need = ", ".join(MODELS)
             raise ValueError(f"got {path} of another model; need {need}; do call deploy.export")
@@ -53,17 +55,13 @@ def _saved(path: Path) -> "Pruned":
     return load(path, build)
 
 
-def _dense(folder: Path, small: "Pruned") -> "nn.Module":
-    """The dense net that the run compared with: the baseline, else as stage 1 left it."""
-    import torch
-
-    from dnal_mini.gating import add_gates, gates
-    from dnal_mini.models import MODELS
-    from dnal_mini.pruning.foldgates import drop_gates
-
+def _dense(folder: Path, small: Pruned) -> nn.Module:
+    """The dense net that the run compared with: the baseline, else as its first stage left it."""
     config = settings_in(folder)
-    path = folder / f"{'baseline' if config.baseline else 'weight_stage'}.pt"
+    first, second, *_ = config.stages()
+    path = folder / f"{second.name if second.name == 'baseline' else first.name}.pt"
     arguments = {name: value for name, value in small.spec["config"].items() if name != "builder"}
+    arguments |= {"width": config.width}
     net = add_gates(MODELS[config.model](**arguments), config.order)
     try:
         net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])

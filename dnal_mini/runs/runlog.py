@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas
 
-Row = dict[str, Any]
+from dnal_mini.config import upgraded
+from dnal_mini.training.stage import Row
 
-
-FORMAT = 1
+FORMAT = 2
 
 
 FILE_NAME = "record.jsonl"
@@ -98,7 +98,8 @@ def _parsed(line: bytes) -> Row | None:
 def read(path: str | Path) -> list[Row]:
     """All rows of a record (a file, or the folder of a run), in the order of writing.
 
-    A last line without its end is what a crash leaves: it is dropped with a warning.
+    A last line without its end is what a crash leaves: it is dropped with a warning. The config of
+    an older record is given in today's words (``config.upgraded``).
     Raises: FileNotFoundError if there is none; ValueError for a line that is no row, or a record
     of another format.
     """
@@ -130,11 +131,14 @@ def read(path: str | Path) -> list[Row]:
             )
         else:
             rows.append(row)
-    if rows and rows[0].get("format", FORMAT) != FORMAT:
+    first = rows[0] if rows else {}
+    if first.get("format", FORMAT) not in range(1, FORMAT + 1):
         raise ValueError(
-            f"got record format {rows[0]['format']} in {path}; need format {FORMAT}; do use the "
+            f"got record format {first['format']} in {path}; need format 1 to {FORMAT}; do use the "
             "version of dnal_mini that wrote it"
         )
+    if isinstance(first.get("config"), dict):
+        first["config"] = upgraded(first["config"])
     return rows
 
 

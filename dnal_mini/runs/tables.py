@@ -27,7 +27,7 @@ def summary(rows_or_path: list[Row] | str | Path) -> Row:
     run, config = rows[0], rows[0].get("config", {})
     last = (epochs(rows) or [{}])[-1]
     result = next((row for row in reversed(rows) if row["kind"] == "result"), {})
-    found = {key: config.get(key) for key in ("name", "model", "seed", "gate_price")}
+    found = {key: config.get(key) for key in ("name", "model", "seed", "method", "budget")}
     found |= {key: last.get(key) for key in ("stage", "epoch", "epochs")}
     found |= {"finished": bool(result), "device": run.get("device"), "commit": run.get("commit")}
     found |= {key: result.get(key) for key in ("dense_is", "test_images", "seconds")}
@@ -102,7 +102,7 @@ def _result_cells(found: Row) -> list[str]:
     """The cells under ``RESULTS_HEAD``."""
     nets = ("dense", "pruned", "fine_tuned")
     return [
-        str(found["name"]),
+        f"{found['name']}{_of_method(found)}",
         shown(found["gate_price"], ".4g"),
         str(found["seed"]),
         *(shown(found[f"{net}_accuracy"], ".2f", scale=100) for net in nets),
@@ -114,9 +114,22 @@ def _result_cells(found: Row) -> list[str]:
     ]
 
 
+def setting(found: Row) -> str:
+    """What a run was asked for, in words: its gate price, or its budget, and by which method."""
+    asked = [f"{share:.0%} of the {metric}" for metric, share in (found["budget"] or {}).items()]
+    price = found["gate_price"]
+    return ", ".join(
+        [*([] if price is None else [f"gate price {price:g}"]), *asked, *_of_method(found).split()]
+    )
+
+
+def _of_method(found: Row) -> str:
+    return "" if found["method"] in (None, "dnal") else f" {found['method']}"
+
+
 def _unfinished(found: Row) -> str:
     place = f"{found['stage']}, epoch {found['epoch']}" if found["stage"] else "no epoch yet"
-    label = f"{found['name']}, gate price {shown(found['gate_price'], 'g')}, seed {found['seed']}"
+    label = f"{found['name']}, {setting(found)}, seed {found['seed']}"
     return f"{label}: not finished ({place})"
 
 
@@ -151,8 +164,8 @@ def _caption(found: Row) -> str:
     stage_1 = shown(found["weight_stage_accuracy"], ".2%")
     before = f"after the weight stage {stage_1}, " if found["dense_is"] else ""
     sentences = (
-        f"{found['name']}: {found['model']}, gate price {shown(found['gate_price'], 'g')}, "
-        f"seed {found['seed']}, commit {commit[:10]}.",
+        f"{found['name']}: {found['model']}, {setting(found)}, seed {found['seed']}, "
+        f"commit {commit[:10]}.",
         f"On {device.get('name')}, {device.get('threads')} threads: "
         + ", ".join(f"{stage} {value:.0f} s" for stage, value in seconds.items())
         + ".",

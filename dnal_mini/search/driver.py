@@ -1,85 +1,42 @@
-"""The sequential optimisation: train weights, train gates, prune, fine-tune, test once.
+"""How any method is run to a smaller network: train, let it decide, cut, fine-tune, test once.
 
-``run`` strings the stages of ``stages`` together in a folder that can be resumed: read it first.
+Read ``run`` and ``_Run``. Nothing here knows a method by name: it asks for values of channels, for
+widths or for an architecture (``methods/contract.py``), and treats the answer in the same way.
 """
 
-import contextlib
 import copy
 import dataclasses
-import os
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from dnal_mini.config import SearchConfig
-from dnal_mini.data.imageset import ImageSet, carve
-from dnal_mini.data.sources import cifar10, digits, toy_images
-from dnal_mini.gating import add_gates, gate_report, set_gates
+from dnal_mini.data.imageset import ImageSet
+from dnal_mini.gating import add_gates, gate_report, gates
+from dnal_mini.measure.cost import cost
 from dnal_mini.measure.latency import latency_pair
-from dnal_mini.methods.controls import rank_by
-from dnal_mini.models import MODELS, restart
-from dnal_mini.pruning.netfile import load, save
+from dnal_mini.methods.contract import Designer, Scorer, Subject, Values, Widther
+from dnal_mini.models import restart
+from dnal_mini.pruning.netfile import save
 from dnal_mini.pruning.pruner import Pruned, prune
+from dnal_mini.runs.reopen import saved
 from dnal_mini.runs.runfolder import RunFolder, finished
 from dnal_mini.runs.signals import asked_to_stop
-from dnal_mini.search.budget import meet_target, share_of_macs
+from dnal_mini.search.budget import impose, nearest, share_of
 from dnal_mini.search.floors import collapse_floors, keep_alive
-from dnal_mini.search.price import MAX_PROBES, best_probe, is_hit, next_price
-from dnal_mini.search.stages import (
-    Row,
-    arch_stage,
-    dense_baseline,
-    fine_tune,
-    joint_stage,
-    numerics,
-    weight_stage,
-)
-from dnal_mini.training.devices import from_first, pick_device, processes, start_processes
-from dnal_mini.training.loop import Progress, evaluate, steps_of
+from dnal_mini.search.inputs import build, load_data, on_device, placed
+from dnal_mini.search.price import price_for
+from dnal_mini.search.stages import dense_baseline, fine_tune, run_stage, weight_stage
+from dnal_mini.search.widths import architecture, built
+from dnal_mini.training.devices import from_first, pick_device, start_processes
+from dnal_mini.training.loop import evaluate
+from dnal_mini.training.stage import Progress, Row, Session
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-DECIDED = 0.02  # a probe ends once fewer gates than this share are between 0.1 and 0.9
-
-
-def load_data(config: SearchConfig) -> ImageSet:
-    """The data set of a config, train and val on its device. Raises ValueError as ``data`` does."""
-    device = pick_device(config.device)
-    match config.data:
-        case "digits":
-            data = digits(seed=config.seed, val=config.val)
-        case "toy":
-            data = toy_images(seed=config.seed, val=config.val, image_shape=(3, 32, 32))
-        case "cifar10":
-            root = config.data_dir or os.environ.get("DNAL_DATA") or "data/cifar10"
-            given = bool(config.data_dir or os.environ.get("DNAL_DATA"))
-            data = cifar10(root, download=not given, seed=config.seed, val=config.val)
-    if config.train_images:
-        _, used = carve(data.train.labels, config.train_images, config.seed)
-        data = dataclasses.replace(data, train=data.train.take(used))
-    steps_of(len(data.train), config.batch, processes(config.devices, config.num_nodes))
-    return _on(device, data)
-
-
-def _on(device: torch.device, data: ImageSet) -> ImageSet:
-    return dataclasses.replace(data, train=data.train.to(device), val=data.val.to(device))
-
-
-def build(config: SearchConfig, data: ImageSet) -> nn.Module:
-    """The dense network of a config, without gates, from the config's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return MODELS[config.model](num_classes=data.num_classes, width=config.width)
-
-
-def _placed(net: nn.Module, config: SearchConfig, data: ImageSet) -> nn.Module:
-    """The net on the data's device, its filters in the config's memory layout."""
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    return net.to(data.train.images.device).to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def run(
@@ -89,13 +46,13 @@ def run(
     on_row: Callable[[Row], None] | None = None,
     until: str | None = None,
 ) -> Row:
-    """The whole sequential optimisation in the folder ``out``; returns the result row.
+    """The whole road to a smaller network in the folder ``out``; returns the result row.
 
     Writes ``record.jsonl`` (see ``runlog``), the last two checkpoints of each stage,
     ``pruned.safetensors`` (before fine-tuning) and ``small.safetensors``. A folder that holds the
     same run is resumed where it was stopped; a finished run is only read. ``progress(steps, text)``
     wraps the steps of each epoch; ``on_row`` sees every row as it is written. ``until="weights"``
-    stops after stage 1 and the baseline, which runs at other prices can take over
+    stops after stage 1 and the baseline, which runs with other settings of the method can take over
     (``weights_from``), ``until="gates"`` before the cut. The test set is opened once, at the end.
 
     SIGINT (Ctrl-C) and SIGTERM let the present step end, save, and raise KeyboardInterrupt.
@@ -108,18 +65,17 @@ def run(
     if result := finished(out, config):
         return result
     data = load_data(config)
-    fabric = start_processes(
+    devices = start_processes(
         pick_device(config.device), config.devices, config.num_nodes, config.strategy
     )
-    if fabric:
-        data = _on(fabric.device, data)
-    if fabric and fabric.global_rank > 0:
+    if devices:
+        data = on_device(data, devices.device)
+    if devices and devices.global_rank > 0:
         progress = on_row = None
-    dense = _placed(build(config, data), config, data)
-    with _opened(out, config, data, on_row, fabric) as folder, asked_to_stop() as stopping:
-        loop = {"folder": folder, "progress": progress, "stopping": stopping, "fabric": fabric}
+    with _opened(out, config, data, on_row, devices) as folder, asked_to_stop() as stopping:
+        session = Session(folder, progress, stopping, devices, config.checkpoint_s)
         try:
-            return _stages(config, dense, data, loop, until)
+            return _Run(config, data, session).go(until)
         except FloatingPointError as error:
             folder.write("stopped", text=str(error))
             raise FloatingPointError(
@@ -127,168 +83,164 @@ def run(
             ) from error
 
 
-def _stages(
-    config: SearchConfig, dense: nn.Module, data: ImageSet, loop: dict[str, Any], until: str | None
-) -> Row:
-    """The stages one after the other, each from its last checkpoint on."""
-    folder: RunFolder = loop["folder"]
-    net = add_gates(dense, config.order)
-    nets: dict[str, nn.Module] = {}
-    if config.optimisation == "joint":
-        folder.log(joint_stage(net, data, config, **loop))
-    else:
-        folder.log(weight_stage(net, data, config, **loop))
-        nets["weight_stage"] = copy.deepcopy(net)
-        if config.baseline:
-            nets["baseline"] = copy.deepcopy(net)
-            folder.log(dense_baseline(nets["baseline"], data, config, **loop))
-        if until == "weights":
-            return folder.last
-        config = _decide_gates(net, data, config, loop)
-    if until == "gates":
-        return folder.last
-    shift = meet_target(net, data.image_shape, config) if config.target_macs else 0.0
-    reopened = keep_alive(net, collapse_floors(net, data.image_shape, config.floor))
-    set_gates(net, mode="hard")
-    small = _pruned_once(net, data, config, loop, {"reopened": reopened, "shift": shift})
-    nets |= {"hard": net, "pruned": copy.deepcopy(small.module)}
-    if config.tuned_from == "scratch":
-        restart(small.module, config.seed)
-    folder.log(fine_tune(small.module, data, config, **loop))
-    if folder.writes:
-        save(small, folder.path / "small.safetensors")
-    nets["fine_tuned"] = small.module
-    return folder.write("result", **_test_once(nets, dense, small, data, config, loop))
-
-
-def _decide_gates(
-    net: nn.Module, data: ImageSet, config: SearchConfig, loop: dict[str, Any]
-) -> SearchConfig:
-    """Stage 2, or the rule that stands in its place; returns the config with the price it took."""
-    if config.gates_from != "search":
-        rank_by(net, config.gates_from, config.seed)
-        set_gates(net, mode="soft", delta=config.delta_max, threshold=config.threshold)
-        return config
-    if config.target_macs and config.target_by == "price":
-        price = _price_for_target(net, data, config, loop)
-        config = dataclasses.replace(config, gate_price=price)
-    loop["folder"].log(arch_stage(net, data, config, **loop))
-    return config
-
-
-def _price_for_target(
-    net: nn.Module, data: ImageSet, config: SearchConfig, loop: dict[str, Any]
-) -> float:
-    """The gate price whose architecture stage ends near ``config.target_macs``.
-
-    A probe is an architecture stage that starts from the same weights with a price of its own and
-    ends as soon as its gates are decided, well before delta is at its end. ``net`` is untouched.
-    """
-    folder: RunFolder = loop["folder"]
-    probes = [(row["price_asked"], row["macs_share"]) for row in folder.rows("probe")]
-    hits = [share for _, share in probes if is_hit(share, config.target_macs)]
-    while not hits and len(probes) < MAX_PROBES:
-        price = next_price(probes, config.target_macs, config.gate_price or 1e-4)
-        name, trial = f"probe_{len(probes) + 1}", copy.deepcopy(net)
-        epochs = 0
-        asked = dataclasses.replace(config, gate_price=price)
-        with contextlib.closing(arch_stage(trial, data, asked, name, **loop)) as rows:
-            for row in rows:
-                folder.log([row])
-                epochs = row["epoch"]
-                if row.get("undecided", 1.0) <= DECIDED:
-                    break
-        share = share_of_macs(trial, data.image_shape, config)
-        folder.write("probe", price_asked=price, macs_share=share, epochs_of_search=epochs)
-        folder.forget(name)
-        probes.append((price, share))
-        hits = [share for _, share in probes if is_hit(share, config.target_macs)]
-    price, share = best_probe(probes, config.target_macs)
-    if not hits:
-        text = f"no price found for {config.target_macs:g} of the MACs; nearest: {share:.3g}"
-        folder.log([{"kind": "warning", "stage": "arch_stage", "epoch": 0, "text": text}])
-    return price
-
-
 def _opened(
     out: str | Path,
     config: SearchConfig,
     data: ImageSet,
     on_row: Callable[[Row], None] | None,
-    fabric: "Fabric | None",
+    devices: "Fabric | None",
 ) -> RunFolder:
     """The run's folder: made, checked and locked by the first process, read by the others."""
     folders: list[RunFolder] = []
-    from_first(fabric, lambda: folders.append(RunFolder(out, config, data, on_row)))
+    from_first(devices, lambda: folders.append(RunFolder(out, config, data, on_row)))
     return folders[0] if folders else RunFolder(out, config, data, writes=False)
 
 
-def _pruned_once(
-    net: nn.Module,
-    data: ImageSet,
-    config: SearchConfig,
-    loop: dict[str, Any],
-    changed: Row,
-) -> Pruned:
-    """The pruned net, read back if an earlier session of this run has cut it already."""
-    folder: RunFolder = loop["folder"]
-    path = folder.path / "pruned.safetensors"
+@dataclass
+class _Run:
+    """One run: its settings, images and session, and the networks on the way, by name."""
 
-    def cut() -> None:
-        if path.exists() and folder.has("prune"):
-            return
-        gap = max(row["gap"] for row in gate_report(net).values())
-        small = prune(net, data.image_shape, config.residual)
-        save(small, path)
-        layers = small.report.layers
-        folder.write(
-            "prune",
-            **small.spec["cost"],
-            channels={row["layer"]: {k: row[k] for k in row if k != "fates"} for row in layers},
-            residual=config.residual,
-            certificate=small.certificate,
-            gap=gap,
-            **changed,
-            notes=small.report.notes,
-            walls=small.report.walls,
-        )
+    config: SearchConfig
+    data: ImageSet
+    session: Session
+    nets: dict[str, nn.Module] = field(default_factory=dict)
+    price: float | None = None  # of the method's stages, once it is known
 
-    from_first(loop["fabric"], cut)
-    small = load(path, MODELS[config.model])
-    small.module = _placed(small.module, config, data)
-    return small
+    def __post_init__(self) -> None:
+        self.folder: RunFolder = self.session.folder
+        self.dense = placed(build(self.config, self.data), self.config, self.data)
 
+    def go(self, until: str | None = None) -> Row:
+        """The stages one after the other, each from its last checkpoint on."""
+        config, folder, around = self.config, self.folder, (self.data, self.config, self.session)
+        net = add_gates(self.dense, config.order)
+        if not config.method.trains_from_start:
+            folder.log(weight_stage(net, *around))
+            self.nets["weight_stage"] = copy.deepcopy(net)
+            if config.baseline != "none":
+                self.nets["baseline"] = copy.deepcopy(net)
+                folder.log(dense_baseline(self.nets["baseline"], *around))
+            if until == "weights":
+                return folder.last
+        subject = self._search(net)
+        if until == "gates":
+            return folder.last
+        small = self._cut_once(self._decide(subject))
+        small.module = placed(small.module, config, self.data)
+        self.nets["pruned"] = copy.deepcopy(small.module)
+        if config.tuned_from == "scratch":
+            restart(small.module, config.seed)
+        folder.log(fine_tune(small.module, *around))
+        if folder.writes:
+            save(small, folder.path / "small.safetensors")
+        self.nets["fine_tuned"] = small.module
+        return folder.write("result", **self._test_once(small))
 
-def _test_once(
-    nets: dict[str, nn.Module],
-    dense: nn.Module,
-    small: Pruned,
-    data: ImageSet,
-    config: SearchConfig,
-    loop: dict[str, Any],
-) -> Row:
-    """Open the test set, measure every net on it, and time dense against pruned."""
-    test = data.test.to(data.train.images.device)
-    accuracy = {
-        name: evaluate(net, test, data, fabric=loop["fabric"], **numerics(data, config))
-        for name, net in nets.items()
-    }
-    dense_is = next((name for name in ("baseline", "weight_stage") if name in nets), None)
-    before, after = small.spec["cost"]["dense"], small.spec["cost"]["pruned"]
-    times = from_first(
-        loop["fabric"], lambda: latency_pair(dense, small.module, data.image_shape, batch=1)
-    )
-    seconds = loop["folder"].seconds()
-    return {
-        "test_images": len(test),
-        "dense_is": dense_is,
-        "dense_accuracy": accuracy[dense_is] if dense_is else None,
-        **{f"{name}_accuracy": value for name, value in accuracy.items() if name != "baseline"},
-        "params": [before["params"], after["params"]],
-        "macs": [before["macs"], after["macs"]],
-        **({"gate_price": config.gate_price} if config.target_macs else {}),
-        "params_ratio": before["params"] / after["params"],
-        "macs_ratio": before["macs"] / after["macs"],
-        "latency_s": dict(zip(("dense", "pruned"), map(vars, times), strict=True)) | {"batch": 1},
-        "seconds": seconds | {"total": sum(seconds.values())},
-    }
+    def _search(self, net: nn.Module) -> Subject:
+        """The method's own stages, at the price that the budget wants; the net they leave."""
+        config, shape = self.config, self.data.image_shape
+        method, stages, budget = config.method, config.method_stages(), config.budget
+        floors = collapse_floors(net, shape, config.floor)
+        share = share_of(net, shape, budget.metric if budget else "macs", config.residual)
+        wanted = budget.share if budget else None
+        subject = Subject(net, self.data, config.seed, floors, self.session, wanted, share)
+        if budget and method.searches_strength and stages:
+            price = price_for(
+                budget, method, stages, subject, lambda trial: share(self._alive(trial)[0])
+            )
+            stages = tuple(dataclasses.replace(stage, price=price) for stage in stages)
+        self.price = stages[-1].price if stages else None
+        for stage in stages:
+            work = method.work(stage, subject)
+            self.folder.log(run_stage(net, self.data, stage, work, self.session))
+        return subject
+
+    def _decide(self, subject: Subject) -> Callable[[], tuple[Pruned, Row]]:
+        """How the method's answer becomes a small network, and a row that says how."""
+        method, config, shape = self.config.method, self.config, self.data.image_shape
+        if isinstance(method, Designer):
+            return lambda: built(method.design(subject), config, self.data)
+        if isinstance(method, Widther):
+            return lambda: built(architecture(method.widths(subject), config, self.data),
+                                 config, self.data)  # fmt: skip
+        net, (masks, how) = subject.net, self._masks(subject)
+        if any(bool((gate.s != 0).any()) for gate in gates(net).values()):
+            how["gap"] = max(row["gap"] for row in gate_report(net).values())
+        impose(net, masks)
+        self.nets["hard"] = net
+        return lambda: (prune(net, shape, config.residual), how)
+
+    def _masks(self, subject: Subject) -> tuple[Values, Row]:
+        """The channels that stay: those that are alive, or as many as the budget allows."""
+        if subject.budget is None:
+            masks, reopened = self._alive(subject)
+            return masks, {"reopened": reopened, "shift": 0.0}
+        values = self._scorer().values(subject)
+
+        def share(masks: Values) -> float:
+            return subject.share(keep_alive(masks, values, subject.floors)[0])
+
+        masks, cut_at = nearest(values, share, subject.budget)
+        masks, reopened = keep_alive(masks, values, subject.floors)
+        return masks, {"reopened": reopened, "shift": -cut_at}
+
+    def _alive(self, subject: Subject) -> tuple[Values, dict[str, int]]:
+        """The channels that the method leaves, and how many were reopened for the net's life."""
+        scorer = self._scorer()
+        return keep_alive(scorer.alive(subject), scorer.values(subject), subject.floors)
+
+    def _scorer(self) -> Scorer:
+        assert isinstance(self.config.method, Scorer)
+        return self.config.method
+
+    def _cut_once(self, make: Callable[[], tuple[Pruned, Row]]) -> Pruned:
+        """The small net, read back if an earlier session of this run has made it already."""
+        path = self.folder.path / "pruned.safetensors"
+
+        def cut() -> None:
+            if path.exists() and self.folder.has("prune"):
+                return
+            small, how = make()
+            save(small, path)
+            layers = small.report.layers
+            self.folder.write(
+                "prune",
+                **small.spec["cost"],
+                channels={row["layer"]: {k: row[k] for k in row if k != "fates"} for row in layers},
+                residual=self.config.residual,
+                certificate=small.certificate,
+                **how,
+                notes=small.report.notes,
+                walls=small.report.walls,
+            )
+
+        from_first(self.session.devices, cut)
+        return saved(path)
+
+    def _test_once(self, small: Pruned) -> Row:
+        """Open the test set, measure every net on it, and time dense against pruned."""
+        data, devices, shape = self.data, self.session.devices, self.data.image_shape
+        test = data.test.to(data.train.device)
+        feed = self.config.stages()[-1].feed
+        accuracy = {
+            name: evaluate(net, test, data, feed, devices=devices)
+            for name, net in self.nets.items()
+        }
+        dense_is = next((n for n in ("baseline", "weight_stage") if n in self.nets), None)
+        before, after = cost(self.dense, shape), cost(small.module, shape)
+        times = from_first(devices, lambda: latency_pair(self.dense, small.module, shape, batch=1))
+        seconds, strength = self.folder.seconds(), self.config.method.strength
+        return {
+            "test_images": len(test),
+            "dense_is": dense_is,
+            "dense_accuracy": accuracy[dense_is] if dense_is else None,
+            **{f"{name}_accuracy": value for name, value in accuracy.items() if name != "baseline"},
+            "params": [before.params, after.params],
+            "macs": [before.macs, after.macs],
+            **({strength: self.price} if self.config.budget and strength else {}),
+            "params_ratio": before.params / after.params,
+            "macs_ratio": before.macs / after.macs,
+            "latency_s": dict(zip(("dense", "pruned"), map(vars, times), strict=True))
+            | {"batch": 1},
+            "seconds": seconds | {"total": sum(seconds.values())},
+        }

@@ -1,10 +1,19 @@
-"""The gate price that ends at a wanted number of MACs: a few short searches, each with its price.
+"""The price that ends at a wanted cost: a few short searches, each with its price.
 
-Knows numbers only. ``search.run`` does the searching, with ``--target-macs``, and closes the small
-gap that is left with ``stages.meet_target``. Read ``next_price``.
+``next_price`` knows numbers only. ``price_for`` does the searching; ``budget.nearest`` closes the
+small gap that is left.
 """
 
+import contextlib
+import copy
 import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from dnal_mini.config import Budget
+from dnal_mini.methods.contract import Method, Subject
+from dnal_mini.search.stages import run_stage
+from dnal_mini.training.stage import Stage
 
 TOLERANCE = 0.1  # of the target, relative: a probe within it is good enough
 
@@ -65,3 +74,47 @@ def next_price(probes: list[Probe], target: float, first: float) -> float:
 def _log_odds(share: float) -> float:
     share = min(max(share, 1e-6), 1 - 1e-6)
     return math.log(share / (1 - share))
+
+
+def price_for(
+    budget: Budget,
+    method: Method,
+    stages: tuple[Stage, ...],
+    subject: Subject,
+    share: Callable[[Subject], float],
+) -> float:
+    """The price whose stages end near the budget, from that of the stages on.
+
+    A probe is the method's stages from the same weights with a price of its own; it ends as soon as
+    the method calls itself settled. ``share(subject)``: cost of the net that a method would cut,
+    over the dense one's. ``subject`` is untouched; probes are kept in the record, and not repeated.
+    """
+    folder, column = subject.session.folder, f"{budget.metric}_share"
+    probes = [(row["price_asked"], row[column]) for row in folder.rows("probe")]
+    while not _hits(probes, budget.share) and len(probes) < MAX_PROBES:
+        price = next_price(probes, budget.share, stages[-1].price or 1e-4)
+        trial = replace(subject, net=copy.deepcopy(subject.net))
+        for stage in stages:
+            own = f"_{stage.name}" if len(stages) > 1 else ""
+            probe = replace(stage, name=f"probe_{len(probes) + 1}{own}", price=price)
+            work, epochs = method.work(probe, trial), 0
+            rows = run_stage(trial.net, trial.data, probe, work, trial.session)
+            with contextlib.closing(rows):
+                for row in rows:
+                    folder.log([row])
+                    epochs = row["epoch"]
+                    if stage is stages[-1] and method.settled(row):
+                        break
+            folder.forget(probe.name)
+        found = {"price_asked": price, column: share(trial), "epochs_of_search": epochs}
+        folder.write("probe", **found)
+        probes.append((price, found[column]))
+    price, nearest = best_probe(probes, budget.share)
+    if not _hits(probes, budget.share):
+        text = f"no price found for {budget.share:g} of the {budget.metric}; nearest: {nearest:.3g}"
+        folder.log([{"kind": "warning", "stage": stages[-1].name, "epoch": 0, "text": text}])
+    return price
+
+
+def _hits(probes: list[Probe], target: float) -> bool:
+    return any(is_hit(share, target) for _, share in probes)

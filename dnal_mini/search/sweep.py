@@ -6,7 +6,6 @@ machine is the operating system's business, or Ray's.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import subprocess
@@ -25,15 +24,13 @@ from typing import Any, Literal
 
 import torch
 
-from dnal_mini.config import MEANS, SearchConfig
+from dnal_mini.config import MEANS, Budget, SearchConfig, upgraded
+from dnal_mini.methods import METHODS
 from dnal_mini.runs import runlog
 from dnal_mini.runs.signals import terminable
 from dnal_mini.search import driver
 
 Row = runlog.Row
-
-
-Field = Literal["gate_price", "target_macs"]
 
 
 OnRow = Callable[[str, Row], None]
@@ -48,10 +45,15 @@ Place = Callable[[int, OnRow | None], AbstractContextManager[Start]]
 FILE_NAME = "sweep.json"
 
 
-FOLDERS = {"gate_price": "price", "target_macs": "target"}
+FOLDERS = {"gate_price": "price", "budget.macs": "target"}  # others: as they are called
 
 
-FREE = {"seed", *FOLDERS, *MEANS}  # fields in which the runs of one sweep may differ
+FREE = {
+    "seed",
+    "budget",
+    *(m.strength for m in METHODS.values()),
+    *MEANS,
+}  # fields in which the runs of one sweep may differ
 
 
 @dataclass(frozen=True)
@@ -75,16 +77,17 @@ def sweep(
     seeds: Sequence[int],
     out: str | Path,
     *,
-    field: Field = "gate_price",
+    field: str = "gate_price",
     jobs: int = 1,
     ray: str | None = None,
     on_row: OnRow | None = None,
 ) -> dict[str, str]:
-    """Run every value of ``field`` with every seed; returns why runs failed, by their names.
+    """Run every value of a field with every seed; returns why runs failed, by their names.
 
     Stage 1 and the baseline are trained once a seed, in ``out/seed0/shared``; each run starts from
     them in a folder like ``out/seed0/price0.001``. The same call again goes on: finished runs are
     left alone, interrupted ones resumed, failed ones tried again, new values and seeds added.
+    ``field``: the strength of the method, such as "gate_price", or "budget.macs".
 
     ``jobs``: runs at a time, from 2 on in processes of their own, each with its share of this
     process's torch threads (another number of threads may change the last bits of results).
@@ -131,7 +134,7 @@ def sweep(
 
 
 def plan(
-    config: SearchConfig, values: Sequence[float], seeds: Sequence[int], out: Path, field: Field
+    config: SearchConfig, values: Sequence[float], seeds: Sequence[int], out: Path, field: str
 ) -> list[Job]:
     """A job for each seed that trains what its runs share, and behind it a job for each value.
 
@@ -143,13 +146,18 @@ def plan(
             got = f"{name} {twice[0]} twice" if twice else f"no {name}"
             raise ValueError(f"got {got}; need one or more, all different; do name each once")
     jobs = []
+    part, _, metric = field.partition(".")
+    changes: list[dict[str, Any]] = [
+        {part: Budget(**{metric: float(v)}) if metric else float(v)} for v in values
+    ]
+    names = [f"{FOLDERS.get(field, field)}{float(value)!r}" for value in values]
+    enough = Budget(macs=0.5) if config.method.needs_budget else None  # for what is shared: any
     for seed in seeds:
-        first, folder = replace(config, seed=seed), out / f"seed{seed}"
-        forked = replace(first, weights_from=str(folder / "shared"))
-        settings: list[dict[str, Any]] = [{field: float(value)} for value in values]
+        folder, first = out / f"seed{seed}", config.replace(seed=seed, budget=enough)
+        forked = first.replace(weights_from=str(folder / "shared"))
         forks = (
-            Job(folder / f"{FOLDERS[field]}{new[field]!r}", replace(forked, **new))
-            for new in settings
+            Job(folder / name, forked.replace(**new))
+            for name, new in zip(names, changes, strict=True)
         )
         jobs.append(Job(folder / "shared", first, "weights", tuple(forks)))
     return jobs
@@ -176,15 +184,15 @@ def _asked(out: Path) -> dict[str, Any]:
 
 def _remember(out: Path, config: SearchConfig, asked: list[Job]) -> None:
     """Add the runs to ``sweep.json``, if the folder is free or holds a sweep of this config."""
-    settings = dataclasses.asdict(config)
-    settings = {name: settings[name] for name in settings if name not in FREE}
-    default = dataclasses.asdict(SearchConfig())  # of fields that are newer than the sweep
+    settings = {name: value for name, value in config.settings().items() if name not in FREE}
+    default = SearchConfig().settings()  # of fields that are newer than the sweep
     path, known = out / FILE_NAME, []
     if path.exists():
-        theirs = _asked(out)
-        known, begun = theirs["runs"], any(out.glob("seed*/*/config.json"))
-        for name in sorted({*settings, *theirs["config"]}):
-            old, new = theirs["config"].get(name, default.get(name)), settings.get(name)
+        before = _asked(out)
+        known, begun = before["runs"], any(out.glob("seed*/*/config.json"))
+        theirs = upgraded(before["config"])
+        for name in sorted({*settings, *theirs} - FREE):
+            old, new = theirs.get(name, default.get(name)), settings.get(name)
             if begun and old != new:
                 raise ValueError(
                     f"got {out}, which holds a sweep with {name}={old!r}, not {new!r}; need the "
@@ -264,7 +272,7 @@ def _processes(jobs: int, on_row: OnRow | None) -> Iterator[Start]:
 
     def work(job: Job) -> str:
         given: Row = {"folder": str(job.folder), "until": job.until, "threads": _threads(jobs)}
-        given["config"] = dataclasses.asdict(job.config)
+        given["config"] = job.config.settings()
         command = [sys.executable, "-c", "from dnal_mini.search import sweep; sweep._child()"]
         with lock:
             if stopping.is_set():
@@ -305,7 +313,7 @@ def _child() -> None:
     os.dup2(2, 1)  # what else is printed must not come between the rows
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
-    job = Job(Path(given["folder"]), SearchConfig(**given["config"]), given["until"])
+    job = Job(Path(given["folder"]), SearchConfig.of(given["config"]), given["until"])
 
     def tell(row: Row) -> None:
         try:

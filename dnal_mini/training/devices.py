@@ -17,7 +17,7 @@ from dnal_mini.layers.syncnorm import synced_norms
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-Precision = Literal["auto", "float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16", "float64"]
 
 
 ASK_EVERY = 8  # steps between two agreements of many processes on stopping

@@ -1,17 +1,17 @@
 """Training and evaluation: one visible loop, used by every stage, on one device or many.
 
 ``fit`` is the loop. It yields one row per epoch and prints nothing; what is trained is decided
-outside, by ``only_training`` and by the optimiser it is given. The data set lives on the device as
-one uint8 tensor, and nothing inside an epoch waits for the device.
+outside, by ``only_training`` and by the optimiser it is given. Nothing inside an epoch waits for
+the device.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, distributed, nn
@@ -28,12 +28,10 @@ from dnal_mini.training.devices import (
     wrapped,
 )
 from dnal_mini.training.position import Position, generator_states, own_randomness
-from dnal_mini.training.schedules import Schedule
+from dnal_mini.training.stage import Feed, Row, Session, Stage, Work
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-Progress = Callable[[Iterable, str], Iterable]
 
 
 @contextmanager
@@ -60,82 +58,61 @@ def fit(
     net: nn.Module,
     data: ImageSet,
     optimizer: torch.optim.Optimizer,
-    epochs: int,
-    lr: Schedule,
-    *,
-    first_epoch: int = 1,
-    place: Position | None = None,
-    batch: int = 128,
-    seed: object = 0,
-    augmented: Callable[[Tensor, torch.Generator], Tensor] | None = augment,
-    reset_momentum: bool = False,
-    bn_mode: Literal["batch", "running"] = "batch",
-    label_smoothing: float = 0.0,
-    before_epoch: Callable[[int], None] | None = None,
-    price: Callable[[], Tensor] | None = None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    compiled: bool = False,
-    fabric: "Fabric | None" = None,
-    progress: Progress | None = None,
+    stage: Stage,
+    work: Work = Work(),  # noqa: B008 - frozen
+    session: Session = Session(),  # noqa: B008 - frozen
+    start: int | Position = 1,
     keep: Callable[[Position], None] | None = None,
-    keep_every_s: float = math.inf,
-    stopping: Callable[[], bool] | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Train for epochs ``first_epoch..epochs`` and yield a row of numbers after each.
+) -> Iterator[Row]:
+    """Train for the epochs of a stage, from ``start`` on, and yield a row of numbers after each.
 
-    ``lr`` maps the share of the stage that is done to a learning rate, per step; a parameter group
-    of the optimiser may multiply it by its "lr_scale". ``price`` is
-    added to the mean cross-entropy of each batch. ``augmented`` changes each batch of uint8 images.
-    ``reset_momentum`` empties the optimiser's buffers before every epoch, as the authors' scripts
-    do by making a new optimiser. Order of images, crops, flips and dropout depend on ``seed`` and
-    the epoch only. The last, incomplete batch of an epoch is left out. ``compiled``: the training
-    step goes through torch.compile.
+    The loss of a batch is the mean cross-entropy + ``stage.price * work.penalty()``. Order of
+    images, crops, flips and dropout depend on ``stage.seed`` and the epoch only. The last,
+    incomplete batch of an epoch is left out. ``reset_momentum`` empties the optimiser's buffers
+    before every epoch, as the authors' scripts do by making a new optimiser.
 
-    Inside an epoch ``keep(place)`` is called every ``keep_every_s`` seconds and when ``stopping()``
-    says so, then KeyboardInterrupt is raised; ``place`` takes such an epoch up again. ``fabric``
-    (from ``start_processes``): each process takes its part of every batch, BatchNorm takes its
-    statistics over all of them.
+    Inside an epoch ``keep(position)`` is called every ``session.checkpoint_s`` seconds and when
+    ``session.stopping()`` says so, then KeyboardInterrupt is raised; given as ``start``, the
+    position takes such an epoch up again. With ``session.devices`` each process takes its part of
+    every batch, and BatchNorm takes its statistics over all of them.
 
     Row: epoch, epochs, loss (cross-entropy, nats), price (nats), train_accuracy, val_accuracy,
     lr (of the last step), seconds, images_per_s (of the training part).
     Raises: ValueError if a batch is larger than the training set or cannot be shared evenly;
     FloatingPointError, with what was not finite, if the loss is not.
     """
-    steps = steps_of(len(data.train), batch, fabric.world_size if fabric else 1)
-    numerics: dict[str, Any] = {"dtype": dtype, "channels_last": channels_last}
-    with wrapped(net, optimizer, compiled, fabric) as (model, stepper):
-        loop = _Loop(
-            model, data, stepper, lr, epochs, steps, batch, seed, augmented, price,
-            label_smoothing, dtype, channels_last, fabric, progress, keep, keep_every_s, stopping,
-        )  # fmt: skip
-        for epoch in range(first_epoch, epochs + 1):
-            if fabric and keep and agreed(stopping, ASK_EVERY - 1, fabric):
+    devices, batch = session.devices, stage.feed.batch
+    steps = steps_of(len(data.train), batch, devices.world_size if devices else 1)
+    position, first = (start, start.epoch) if isinstance(start, Position) else (None, start)
+    with wrapped(net, optimizer, stage.feed.compiled, devices) as (model, stepper):
+        loop = _Loop(model, data, stepper, stage, work, session, steps, keep)
+        for epoch in range(first, stage.epochs + 1):
+            if devices and keep and agreed(session.stopping, ASK_EVERY - 1, devices):
                 raise KeyboardInterrupt(f"stopped before epoch {epoch}")
-            begin = place if place and place.epoch == epoch else None
-            start = time.perf_counter() - (begin.seconds if begin else 0)
-            if before_epoch:
-                before_epoch(epoch)
-            if reset_momentum and not begin:
+            begin = position if position and position.epoch == epoch else None
+            began_s = time.perf_counter() - (begin.seconds if begin else 0)
+            if work.before_epoch:
+                work.before_epoch(epoch)
+            if stage.reset_momentum and not begin:
                 optimizer.state.clear()
             net.train()
-            if bn_mode == "running":
+            if stage.bn_mode == "running":
                 _norms_to_eval(net)
-            trace = loop.train(epoch, begin, start)
+            trace = loop.train(epoch, begin, began_s)
             rate = optimizer.param_groups[0]["lr"]
             _check_finite(net, trace, epoch, rate)
-            loss, paid, correct = mean_over_processes(trace.mean(0), fabric).tolist()
-            train_s = time.perf_counter() - start
-            accuracy = evaluate(net, data.val, data, fabric=fabric, **numerics)
+            loss, paid, correct = mean_over_processes(trace.mean(0), devices).tolist()
+            train_s = time.perf_counter() - began_s
+            accuracy = evaluate(net, data.val, data, stage.feed, devices=devices)
             yield {
                 "epoch": epoch,
-                "epochs": epochs,
+                "epochs": stage.epochs,
                 "loss": loss,
                 "price": paid,
                 "train_accuracy": correct,
                 "val_accuracy": accuracy,
                 "lr": rate,
-                "seconds": time.perf_counter() - start,
+                "seconds": time.perf_counter() - began_s,
                 "images_per_s": steps * batch / train_s,
             }
 
@@ -147,70 +124,68 @@ class _Loop:
     model: nn.Module
     data: ImageSet
     optimizer: torch.optim.Optimizer
-    lr: Schedule
-    epochs: int
+    stage: Stage
+    work: Work
+    session: Session
     steps: int
-    batch: int
-    seed: object
-    augmented: Callable[[Tensor, torch.Generator], Tensor] | None
-    price: Callable[[], Tensor] | None
-    label_smoothing: float
-    dtype: torch.dtype
-    channels_last: bool
-    fabric: "Fabric | None"
-    progress: Progress | None
     keep: Callable[[Position], None] | None
-    keep_every_s: float
-    stopping: Callable[[], bool] | None
 
-    def train(self, epoch: int, begin: Position | None, start: float) -> Tensor:
+    def __post_init__(self) -> None:
+        feed = self.stage.feed
+        self.device = self.data.train.device
+        self.dtype = feed.dtype(self.device)
+        self.augment = partial(augment, pad=feed.crop, flip=feed.flip)
+
+    def train(self, epoch: int, begin: Position | None, began_s: float) -> Tensor:
         """One epoch, or the rest of it from ``begin`` on; returns the trace of this process."""
-        train, device = self.data.train, self.data.train.images.device
+        stage, devices, batch = self.stage, self.session.devices, self.stage.feed.batch
         exact = torch.float64 if self.dtype is torch.float64 else torch.float32
-        trace = torch.zeros(self.steps, 3, dtype=exact)
-        trace = (begin.trace if begin else trace).to(device)
+        trace = begin.trace if begin else torch.zeros(self.steps, 3, dtype=exact)
+        trace = trace.to(self.device)
         todo: Iterable = range(begin.step if begin else 0, self.steps)
-        if self.progress:
-            todo = self.progress(todo, f"epoch {epoch}/{self.epochs}")
-        kept_at = time.perf_counter()
-        with own_randomness(device, self.seed, epoch, self.fabric, begin) as draw:
-            order = torch.randperm(len(train), generator=draw)[: self.steps * self.batch]
-            order = order.to(device).view(self.steps, self.batch)
+        if self.session.progress:
+            todo = self.session.progress(todo, f"{stage.name} epoch {epoch}/{stage.epochs}")
+        mine, kept_at = share_of_batch(batch, devices), time.perf_counter()
+        with own_randomness(self.device, stage.seed, epoch, devices, begin) as draw:
+            order = torch.randperm(len(self.data.train), generator=draw)[: self.steps * batch]
+            order = order.to(self.device).view(self.steps, batch)
             if begin:
                 draw.set_state(begin.draws.cpu())
             for step in todo:
-                rate = self.lr((epoch - 1 + step / self.steps) / self.epochs)
+                rate = stage.rate((epoch - 1 + step / self.steps) / stage.epochs)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * group.get("lr_scale", 1.0)
-                images, labels = train.images[order[step]], train.labels[order[step]]
-                images = self.augmented(images, draw) if self.augmented else images
-                mine = share_of_batch(self.batch, self.fabric)
-                trace[step] = self.step(images[mine], labels[mine])
+                images, labels = self.data.train.batch(order[step])
+                if stage.feed.crop or stage.feed.flip:
+                    images = self.augment(images, draw)
+                trace[step] = self.step(images[mine], labels[mine], rate)
                 if self.keep and step + 1 < self.steps:
-                    stop = agreed(self.stopping, step, self.fabric)
-                    late = not self.fabric and time.perf_counter() > kept_at + self.keep_every_s
-                    if (stop or late) and bool(trace.isfinite().all()):
-                        spent, states = time.perf_counter() - start, generator_states(self.fabric)
-                        self.keep(
-                            Position(epoch, step + 1, spent, trace.cpu(), draw.get_state(), states)
-                        )
+                    stop = agreed(self.session.stopping, step, devices)
+                    late = time.perf_counter() > kept_at + self.session.checkpoint_s
+                    if (stop or (late and not devices)) and bool(trace.isfinite().all()):
+                        spent, states = time.perf_counter() - began_s, generator_states(devices)
+                        place = (epoch, step + 1, spent, trace.cpu(), draw.get_state(), states)
+                        self.keep(Position(*place))
                         kept_at = time.perf_counter()
                     if stop:
                         raise KeyboardInterrupt(f"stopped in epoch {epoch} after step {step + 1}")
         return trace
 
-    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
         """One step of gradient descent; returns (loss, price, share correct) on the device."""
-        x = as_input(images, self.data, self.dtype, self.channels_last)
+        x = as_input(images, self.data, self.dtype, self.stage.feed.channels_last)
         with autocast(x.device, self.dtype):
             logits = self.model(x)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        paid = self.price() if self.price else torch.zeros_like(loss)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.stage.label_smoothing)
+        penalty = self.work.penalty
+        paid = self.stage.price * penalty() if penalty else torch.zeros_like(loss)
         self.optimizer.zero_grad(set_to_none=True)
-        total = loss + paid
-        total.backward() if self.fabric is None else self.fabric.backward(total)
+        total, devices = loss + paid, self.session.devices
+        total.backward() if devices is None else devices.backward(total)
         self.optimizer.step()
+        if self.work.after_step:
+            self.work.after_step(rate)
         correct = (logits.detach().argmax(1) == labels).to(loss.dtype).mean()
         return torch.stack([loss.detach(), paid.detach(), correct])
 
@@ -261,28 +236,28 @@ def evaluate(
     net: nn.Module,
     split: Split,
     data: ImageSet,
+    feed: Feed = Feed(),  # noqa: B008 - frozen
     *,
     batch: int = 500,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
-    fabric: "Fabric | None" = None,
+    devices: "Fabric | None" = None,
 ) -> float:
     """Accuracy in [0, 1] over every image of a split, in eval mode; the mode is put back after.
 
-    Many processes take whole batches in turns, so that each image counts once and each batch is
-    computed as by one process.
+    ``feed``: precision and memory layout. Many processes take whole batches in turns, so that each
+    image counts once and each batch is computed as by one process.
     """
     modes = [(module, module.training) for module in net.modules()]
     net.eval()
-    rank, processes = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
-    correct = torch.zeros((), dtype=torch.long, device=split.images.device)
-    for start in range(rank * batch, len(split), processes * batch):
-        images, labels = split.images[start : start + batch], split.labels[start : start + batch]
+    dtype = feed.dtype(split.device)
+    rank, processes = (devices.global_rank, devices.world_size) if devices else (0, 1)
+    correct = torch.zeros((), dtype=torch.long, device=split.device)
+    for chosen in torch.arange(len(split), device=split.device).split(batch)[rank::processes]:
+        images, labels = split.batch(chosen)
         with autocast(images.device, dtype):
-            logits = net(as_input(images, data, dtype, channels_last))
+            logits = net(as_input(images, data, dtype, feed.channels_last))
         correct += (logits.argmax(1) == labels).sum()
     for module, mode in modes:
         module.training = mode
-    if fabric:
+    if devices:
         distributed.all_reduce(correct)
     return int(correct) / len(split)

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 Schedule = Callable[[float], float]
+ScheduleName = Literal["constant", "cosine", "one-cycle"]
 
 
 def constant(lr: float) -> Schedule:
@@ -31,7 +33,7 @@ def one_cycle(lr: float, warm_up: float = 0.25, start: float = 0.04) -> Schedule
     return rate
 
 
-SCHEDULES: dict[str, Callable[[float], Schedule]] = {
+SCHEDULES: dict[ScheduleName, Callable[[float], Schedule]] = {
     "constant": constant,
     "cosine": cosine,
     "one-cycle": one_cycle,

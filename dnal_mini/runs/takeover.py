@@ -1,0 +1,58 @@
+"""Finished stages of another run that a new run takes over, instead of training them again."""
+
+from pathlib import Path
+from typing import Any
+
+from dnal_mini.config import MEANS, SearchConfig
+from dnal_mini.runs import runlog
+from dnal_mini.runs.checkpoint import load_state, write_whole
+from dnal_mini.runs.reopen import settings_in
+
+
+def differences(folder: Path, config: SearchConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings of the run in ``folder`` that differ, by name: (theirs, ours); no means.
+
+    A setting that is newer than the run counts as its default there.
+    Raises: ValueError for settings that no version can read.
+    """
+    theirs, ours = settings_in(folder).settings(), config.settings()
+    names = {*theirs, *ours} - {*MEANS}
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in sorted(names)}
+    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+
+
+def takeable(source: Path, config: SearchConfig) -> list[str]:
+    """Names of the finished stages of another run that this run would repeat exactly.
+
+    Raises: ValueError if not even the first is one, with the settings that differ.
+    """
+    try:
+        differ, theirs = set(differences(source, config)), settings_in(source).stages()
+    except ValueError as error:
+        raise ValueError(f"got weights_from {source} ({error}); need a run's folder") from error
+    table = {stage.name: stage for stage in theirs}
+    same: dict[str, set[str]] = {"": set()}  # by stage: what differs there or in one before it
+    taken: list[str] = []
+    for stage in config.stages()[:-1]:
+        own = table[stage.name].settings if stage.name in table else {*differ, "method"}
+        same[stage.name] = same[stage.after] | (differ & (stage.settings | own))
+        path = source / f"{stage.name}.pt"
+        done = load_state(path)["epoch"] if path.exists() else 0
+        if not same[stage.name] and stage.name in table and done == stage.epochs:
+            taken.append(stage.name)
+        elif not stage.after:
+            why = ", ".join(sorted(same[stage.name])) or "it is not finished"
+            raise ValueError(f"got weights_from {source} with another stage 1: {why}; train anew")
+    return taken
+
+
+def take_over(source: Path, part: Path, record: runlog.RunLog, taken: list[str]) -> None:
+    """Copy finished stages of another run, and what its record says of them."""
+    (origin, *_) = runlog.read(source / runlog.FILE_NAME)
+    made = {key: origin[key] for key in ("commit", "versions", "device", "created")}
+    record.append("taken_over", stages=taken, source=source.name, **made)
+    for stage in taken:
+        write_whole(part / f"{stage}.pt", (source / f"{stage}.pt").read_bytes())
+        for row in runlog.epochs(source / runlog.FILE_NAME):
+            if row["stage"] == stage:
+                record.append(**row | {"taken_over": True})
