@@ -31,9 +31,9 @@ PARTS = {
     "Figures": ["figures"],
 }  # fmt: skip
 CONTRACT = [
-    "add_gates", "gates", "set_gates", "ScaledSigmoid", "delta_schedule", "prune", "Pruned",
-    "save", "load", "cost", "Cost", "latency", "Latency", "compare", "Comparison", "deploy",
-    "export", "run", "SearchConfig",
+    "add_gates", "gates", "set_gates", "ScaledSigmoid", "delta_schedule", "analyse", "prune",
+    "Pruned", "save", "load", "cost", "Cost", "latency", "Latency", "compare", "Comparison",
+    "deploy", "export", "run", "SearchConfig",
 ]  # fmt: skip
 FIELD = re.compile(r"^(Source|Differs|Raises|Row|Rows|Run|Keys|Table):", re.MULTILINE)
 MARK = "<!-- every name -->"

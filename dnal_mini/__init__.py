@@ -14,13 +14,14 @@ from dnal_mini.measure.compare import Comparison, compare
 from dnal_mini.measure.cost import Cost, cost
 from dnal_mini.measure.latency import Latency, latency
 from dnal_mini.pruning.netfile import load, save
+from dnal_mini.pruning.preview import analyse
 from dnal_mini.pruning.pruner import Pruned, prune
 from dnal_mini.search.driver import run
 
 __all__ = [
     "Comparison", "Cost", "Latency", "Pruned", "ScaledSigmoid", "SearchConfig", "add_gates",
-    "compare", "cost", "delta_schedule", "deploy", "export", "gates", "latency", "load", "models",
-    "prune", "recipes", "run", "save", "set_gates",
+    "analyse", "compare", "cost", "delta_schedule", "deploy", "export", "gates", "latency", "load",
+    "models", "prune", "recipes", "run", "save", "set_gates",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
