@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +36,7 @@ CONTRACT = [
     "Pruned", "save", "load", "cost", "Cost", "latency", "Latency", "compare", "Comparison",
     "deploy", "export", "run", "SearchConfig",
 ]  # fmt: skip
-FIELD = re.compile(r"^(Source|Differs|Raises|Row|Rows|Run|Keys|Table):", re.MULTILINE)
+FIELD = re.compile(r"^(Source|Differs|Raises|Example|Row|Rows|Run|Keys|Table):", re.MULTILINE)
 MARK = "<!-- every name -->"
 
 
@@ -186,7 +187,7 @@ def escaped(text: str) -> str:
 
 
 def described(docstring: str) -> Iterator[str]:
-    """The lines of a docstring on the page: its words, then Source, Differs, Raises as a list."""
+    """The lines of a docstring on the page: its words, Source, Differs, Raises as a list, code."""
     pieces = FIELD.split(docstring)
     for paragraph in re.split(r"\n\s*\n", pieces[0].strip()):
         lines = [line.strip() for line in paragraph.splitlines()]
@@ -194,6 +195,9 @@ def described(docstring: str) -> Iterator[str]:
         yield "```text\n" + "\n".join(lines) + "\n```" if table else escaped("\n".join(lines))
         yield ""
     for name, text in zip(pieces[1::2], pieces[2::2], strict=True):
+        if name == "Example":
+            yield f"\n```python\n{dedent(text).strip()}\n```"
+            continue
         words, *rest = re.split(r"\n\s*\n", text.strip())
         yield f"- **{name}** {escaped(' '.join(words.split()))}"
         yield from (f"\n{escaped(' '.join(more.split()))}" for more in rest)

@@ -42,6 +42,13 @@ def add_gates(
 
     Source: Guo et al. 2022, sec. 3.2, fig. 2 and fig. 4 [guo2022dnal].
     Raises: ValueError for an unknown order, a net that already has gates, or no layer chosen.
+    Example:
+        >>> net, images = dnal.models.vgg16(width=0.125).eval(), torch.randn(2, 3, 32, 32)
+        >>> gated = dnal.add_gates(net)
+        >>> len(dnal.gates(net)), len(dnal.gates(gated))
+        (0, 13)
+        >>> torch.equal(net(images), gated(images))
+        True
     """
     if order not in get_args(Order):
         raise ValueError(f"got order {order!r}; need one of {', '.join(get_args(Order))}")
@@ -99,7 +106,14 @@ def _gate_after_activation(net: nn.Module, sites: dict[str, nn.BatchNorm2d]) -> 
 
 
 def gates(net: nn.Module) -> dict[str, ScaledSigmoid]:
-    """All gates of a network by qualified name, in the network's own order."""
+    """All gates of a network by qualified name, in the network's own order.
+
+    Example:
+        >>> gated = dnal.add_gates(dnal.models.vgg16(width=0.125))
+        >>> name, gate = next(iter(dnal.gates(gated).items()))
+        >>> name, len(gate.s)
+        ('features.bn1.gate', 8)
+    """
     return {name: m for name, m in net.named_modules() if isinstance(m, ScaledSigmoid)}
 
 
@@ -112,6 +126,11 @@ def set_gates(
     """Set the mode, the steepness and the threshold of every gate, in place.
 
     Raises: ValueError for an unknown mode, delta not finite and positive, threshold not in (0, 1).
+    Example:
+        >>> gated = dnal.add_gates(dnal.models.vgg16(width=0.125))
+        >>> dnal.set_gates(gated, mode="soft", delta=100.0)
+        >>> {(gate.mode, float(gate.delta)) for gate in dnal.gates(gated).values()}
+        {('soft', 100.0)}
     """
     if mode is not None and mode not in get_args(Mode):
         raise ValueError(f"got mode {mode!r}; need one of {', '.join(get_args(Mode))}")
@@ -147,6 +166,11 @@ def delta_schedule(epochs: int, form: DeltaForm = "paper", delta_max: float = 1e
 
     Source: Guo et al. 2022, Algorithm 1 [guo2022dnal].
     Raises: ValueError for epochs < 1 or delta_max < 1.
+    Example:
+        >>> [round(delta, 1) for delta in dnal.delta_schedule(5)]
+        [1.0, 10.0, 100.0, 1000.0, 10000.0]
+        >>> [round(delta, 1) for delta in dnal.delta_schedule(5, "code")]
+        [6.3, 39.8, 251.2, 1584.9, 10000.0]
     """
     if epochs < 1:
         raise ValueError(f"got {epochs} epochs; need at least 1")

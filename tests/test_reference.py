@@ -112,6 +112,11 @@ def double(x: Tensor, times: int = 2, *, exact: bool = False) -> Tensor:
     Source: Guo et al. 2022, eq. 9 [guo2022dnal].
     Raises: ValueError for
     times < 0.
+
+    Example:
+        >>> [double(x)
+        ...  for x in (1, 2)]
+        [2, 4]
     """
 '''
     (entry,) = api.entries(ast.parse(source))
@@ -119,7 +124,9 @@ def double(x: Tensor, times: int = 2, *, exact: bool = False) -> Tensor:
     assert "double(x: Tensor, times: int = 2, *, exact: bool = False) -> Tensor" in shown
     assert "Twice `x`, at \\*least\\*: (3, c)." in shown
     assert "- **Source** Guo et al. 2022, eq. 9 {cite}`guo2022dnal`." in shown
-    assert "- **Raises** ValueError for times \\< 0." in shown
+    assert "- **Raises** ValueError for times \\< 0.\n" in shown
+    assert "\n\n```python\n>>> [double(x)\n...  for x in (1, 2)]\n[2, 4]\n```\n" in shown
+    assert "Example" not in shown
     assert "{doc}`2 </notebooks/02_layer>`" in shown
 
 

@@ -19,6 +19,15 @@ class ScaledSigmoid(nn.Module):
     Source: Guo et al. 2022, eq. 1-4 [guo2022dnal].
     Differs: the paper's binary function is ``s > 0``, our default ``threshold = 0.5``; the authors'
     scripts keep a channel where ``p > 0.9``: pass ``threshold=0.9`` to have theirs.
+    Example:
+        >>> gate = dnal.ScaledSigmoid(3)
+        >>> gate.s.data = torch.tensor([-1.0, 0.1, 2.0])
+        >>> for delta in (1.0, 10.0, 100.0):
+        ...     dnal.set_gates(gate, delta=delta)
+        ...     print([round(p, 2) for p in gate.p.tolist()])
+        [0.27, 0.52, 0.88]
+        [0.0, 0.73, 1.0]
+        [0.0, 1.0, 1.0]
     """
 
     delta: Tensor  # steepness, a scalar without gradient

@@ -46,6 +46,14 @@ class Comparison:
     turn) with ``_p10`` and ``_p90``, ``efficiency`` (speed-up / ratio of MACs; at 1 every MAC saved
     is time saved) and ``gain`` (a bool); or ``not_measured`` with the reason instead.
     ``words``: the largest gain, the forms without one, gates that were left out; a sentence each.
+
+    Example:
+        >>> dense, small = (dnal.models.vgg16(width=width) for width in (0.25, 0.125))
+        >>> found = dnal.compare(dense, small, batches=(4,), forms=("eager",), budget_s=0.05)
+        >>> isinstance(found, dnal.Comparison)
+        True
+        >>> print(str(found).splitlines()[1])
+        macs                    19,924,224     5,091,968    3.91
     """
 
     sizes: list[Row]
@@ -109,6 +117,11 @@ def compare(
 
     Raises: ValueError for a small net with gates, nets on different devices, an unknown form, no
     batch, and what ``cost`` and ``latency`` refuse.
+    Example:
+        >>> dense, small = (dnal.models.vgg16(width=width) for width in (0.25, 0.125))
+        >>> found = dnal.compare(dense, small, batches=(4,), forms=("eager",), budget_s=0.05)
+        >>> [(row["what"], round(row["ratio"], 1)) for row in found.sizes[:2]]
+        [('macs', 3.9), ('params', 4.0)]
     """
     dense, small = (net if isinstance(net, nn.Module) else net.module for net in (dense, small))
     device = _check(dense, small, batches, forms)

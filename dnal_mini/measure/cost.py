@@ -25,7 +25,13 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerN
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one image: ``params``, ``macs`` (1 multiply-add = 1), ``peak_activation_bytes``."""
+    """Cost of one image: ``params``, ``macs`` (1 multiply-add = 1), ``peak_activation_bytes``.
+
+    Example:
+        >>> wide, slim = (dnal.cost(dnal.models.vgg16(width=width)) for width in (1.0, 0.5))
+        >>> isinstance(wide, dnal.Cost), round(wide.macs / slim.macs, 2)
+        (True, 3.98)
+    """
 
     params: int
     macs: int
@@ -55,6 +61,12 @@ def cost(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Cost:
 
     The net is left as it was: parameters, buffers, running statistics, training flags.
     Raises: ValueError for an image_shape that is not three positive ints or that the net rejects.
+    Example:
+        >>> net = dnal.models.resnet56()
+        >>> print(dnal.cost(net))
+        853.02 k parameters, 125.49 M MACs, 0.197 MB of activations at the peak
+        >>> dnal.cost(net, image_shape=(3, 64, 64)).macs / dnal.cost(net).macs > 3.9
+        True
     """
     images = random_images(net, image_shape)
     counter, recorder = FlopCounterMode(display=False), _Recorder(images)

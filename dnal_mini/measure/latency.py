@@ -18,6 +18,11 @@ class Latency:
     """Seconds per batch: median, 10th and 90th percentile over the repetitions.
 
     ``device`` is where it ran, ``threads`` the number of CPU threads that torch could use.
+
+    Example:
+        >>> time = dnal.Latency(median_s=0.0021, p10_s=0.002, p90_s=0.0024, device="cpu", threads=1)
+        >>> print(time)
+        2.1 ms (2 to 2.4) on cpu, 1 thread
     """
 
     median_s: float
@@ -48,6 +53,11 @@ def latency(
     Everything in the net is timed, gates too: prune first, or switch them off.
 
     Raises: ValueError as ``cost`` does, and for batch, budget_s or min_repeats not above 0.
+    Example:
+        >>> net = dnal.models.vgg16(width=0.125)
+        >>> one, many = (dnal.latency(net, batch=batch, budget_s=0.05) for batch in (1, 64))
+        >>> one.median_s < many.median_s
+        True
     """
     times = interleaved([net], image_shape, batch, channels_last, budget_s, min_repeats)
     return _summary(net, times[0])

@@ -104,6 +104,11 @@ def mobilenetv2(num_classes: int = 10, width: float = 1.0) -> MobileNetV2:
     a 32 -> 32 expansion in the first block, convolutions as shortcuts at stride 1.
     Differs: the placement of gates is that of the authors' ImageNet network.
     Raises: ValueError for num_classes < 1 or a width that is not above 0.
+    Example:
+        >>> net = dnal.models.mobilenetv2(width=0.25)
+        >>> gated = dnal.add_gates(net)
+        >>> sum(len(gate.s) for gate in dnal.gates(gated).values())
+        2480
     """
     check_arguments(num_classes, width)
     return MobileNetV2(num_classes, width)

@@ -90,6 +90,12 @@ def resnet56(num_classes: int = 10, width: float = 1.0) -> ResNet56:
     Differs: the placement of gates (stem, both norms of a block) is by analogy with the authors'
     ResNet50; no CIFAR code is published.
     Raises: ValueError for num_classes < 1 or a width that is not above 0.
+    Example:
+        >>> net = dnal.models.resnet56(num_classes=7, width=0.25)
+        >>> net.config
+        {'builder': 'resnet56', 'num_classes': 7, 'width': 0.25}
+        >>> tuple(net(torch.randn(2, 3, 20, 24)).shape)
+        (2, 7)
     """
     check_arguments(num_classes, width)
     return ResNet56(num_classes, width)

@@ -74,6 +74,12 @@ def vgg16(num_classes: int = 10, width: float = 1.0, image_size: int = 32) -> VG
     Differs: the last average pool grows with ``image_size`` (2 x 2 at 32), so that every size ends
     in one pixel.
     Raises: ValueError for num_classes < 1, a width that is not above 0, image_size < 16.
+    Example:
+        >>> net = dnal.models.vgg16(width=0.125)
+        >>> tuple(net(torch.randn(2, 3, 32, 32)).shape)
+        (2, 10)
+        >>> print(dnal.cost(dnal.models.vgg16()))
+        14.99 M parameters, 313.46 M MACs, 0.524 MB of activations at the peak
     """
     check_arguments(num_classes, width)
     if not isinstance(image_size, int) or image_size < SHRINK:

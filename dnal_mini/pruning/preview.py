@@ -64,6 +64,13 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
     asked as ``add_gates`` would gate it. In each gate channel 0 is then closed.
 
     Raises: ValueError if the net cannot be traced or does not take such an image.
+    Example:
+        >>> conv, last = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 5, 3)
+        >>> print(dnal.analyse(torch.nn.Sequential(conv, torch.nn.BatchNorm2d(8), last)))
+        1 of 2 layers can lose channels; 1 has no gate
+        layer  channels  a closed channel
+        0             8  goes
+        2             5  stays: no gate, nothing closes it
     """
     gated = copy.deepcopy(net) if gates(net) else _gated(net)
     every, left = gates(gated).values(), {}
