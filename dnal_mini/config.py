@@ -61,6 +61,13 @@ class SearchConfig:
     """All settings of one run from a dense net to a smaller one; frozen and checked when made.
 
     Raises: ValueError naming the field, what it got and what it needs.
+    Example:
+        >>> config = dnal.SearchConfig(width=0.125).replace(gate_price=3e-3, weight_epochs=2)
+        >>> config.method.gate_price, config.weight_epochs
+        (0.003, 2)
+        >>> config.replace(batch=0)
+        Traceback (most recent call last):
+        ValueError: got batch 0; need 2 or more
     """
 
     name: str = "digits"

@@ -1,6 +1,11 @@
 """Named settings. A recipe is a function that returns a ``SearchConfig``; a variant changes fields.
 
 Where the paper is silent (facts marked unknown in the docstrings) the choice is ours.
+
+Example:
+    >>> config = dnal.recipes.digits().replace(gate_price=3e-3)
+    >>> config.model, config.width, config.method.gate_price
+    ('vgg16', 0.125, 0.003)
 """
 
 from collections.abc import Callable

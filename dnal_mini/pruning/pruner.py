@@ -36,7 +36,15 @@ TOLERANCE = 1e-8  # largest relative difference (float64) between gated and prun
 
 @dataclass
 class Pruned:
-    """A smaller network with the papers that prove it: see ``prune``."""
+    """A smaller network with the papers that prove it: see ``prune``.
+
+    Example:
+        >>> net = dnal.models.vgg16(width=0.125).eval()
+        >>> net.features.bn1.weight.data[:3] = net.features.bn1.bias.data[:3] = 0  # as closed gates do
+        >>> small = dnal.prune(net)
+        >>> isinstance(small, dnal.Pruned), small.module.features.conv1
+        (True, Conv2d(3, 5, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)))
+    """
 
     module: nn.Module
     spec: dict[str, Any]
@@ -78,6 +86,14 @@ def prune(
     Raises: ValueError if the net cannot be traced, no gate was ever trained, gates are still soft,
     numbers are not finite, BatchNorm has seen no batch, an option is unknown, or the two outputs
     differ by more than 1e-8 of the largest output.
+    Example:
+        >>> gated = dnal.add_gates(dnal.models.vgg16(width=0.125).eval())
+        >>> for gate in dnal.gates(gated).values():
+        ...     gate.s.data = torch.linspace(-1, 1, len(gate.s))  # half of the channels are closed
+        >>> dnal.set_gates(gated, mode="hard")
+        >>> small = dnal.prune(gated)
+        >>> round(dnal.cost(gated).macs / dnal.cost(small.module).macs, 1), small.certificate < 1e-8
+        (3.8, True)
     """
     _check_options(residual, min_channels, round_to)
     _check_gates(net, absorb, max_gap)

@@ -61,6 +61,14 @@ def run(
 
     Raises: ValueError for data or a device that is not there, or a folder that holds another run
     or is being written; FloatingPointError with a diagnosis if a loss is not finite.
+    Example:
+        >>> epochs = {f"{stage}_epochs": 1 for stage in ("weight", "arch", "fine_tune")}
+        >>> config = dnal.recipes.digits().replace(data="toy", baseline="none", **epochs)
+        >>> result = dnal.run(config, out="runs/toy")
+        >>> result["macs"][1] < result["macs"][0]
+        True
+        >>> dnal.run(config, out="runs/toy") == result  # finished: it is only read
+        True
     """
     if result := finished(out, config):
         return result
