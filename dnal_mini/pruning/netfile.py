@@ -29,8 +29,9 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
     Example:
         >>> small = dnal.prune(dnal.models.vgg16(width=0.125).eval())
         >>> dnal.save(small, "net.safetensors")
-        >>> again, images = dnal.load("net.safetensors", dnal.models.vgg16), torch.randn(2, 3, 32, 32)
-        >>> torch.equal(small.module(images), again.module.eval()(images))
+        >>> again = dnal.load("net.safetensors", dnal.models.vgg16).module.eval()
+        >>> images = torch.randn(2, 3, 32, 32)
+        >>> torch.equal(small.module(images), again(images))
         True
     """
     from safetensors.torch import save_file

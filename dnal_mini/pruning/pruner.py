@@ -40,7 +40,7 @@ class Pruned:
 
     Example:
         >>> net = dnal.models.vgg16(width=0.125).eval()
-        >>> net.features.bn1.weight.data[:3] = net.features.bn1.bias.data[:3] = 0  # as closed gates do
+        >>> net.features.bn1.weight.data[:3] = net.features.bn1.bias.data[:3] = 0  # as by gates
         >>> small = dnal.prune(net)
         >>> isinstance(small, dnal.Pruned), small.module.features.conv1
         (True, Conv2d(3, 5, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)))
