@@ -176,23 +176,19 @@ def _without_gates(net: nn.Module) -> nn.Module:
 
 
 def _sizes(dense: nn.Module, small: nn.Module, image_shape: Sequence[int]) -> list[Row]:
-    """What can be counted, MACs first."""
-    counts = [
-        {**vars(cost(net, image_shape)), "file_bytes": _file_bytes(net)} for net in (dense, small)
-    ]
+    """What can be counted, MACs first; the file has the net's state and nothing else."""
+    from safetensors.torch import save
+
+    counts = []
+    for net in (dense, small):
+        state = {k: v.detach().cpu() for k, v in net.state_dict().items() if isinstance(v, Tensor)}
+        plain = {k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}
+        counts.append({**vars(cost(net, image_shape)), "file_bytes": len(save(plain))})
     rows = []
     for what in ("macs", "params", "file_bytes", "peak_activation_bytes"):
         a, b = (count[what] for count in counts)
         rows.append({"what": what, "dense": a, "small": b, "ratio": max(a, 1) / max(b, 1)})
     return rows
-
-
-def _file_bytes(net: nn.Module) -> int:
-    """Size of a safetensors file with the net's state and nothing else."""
-    from safetensors.torch import save
-
-    state = {k: v.detach().cpu() for k, v in net.state_dict().items() if isinstance(v, Tensor)}
-    return len(save({k: v.clone(memory_format=torch.contiguous_format) for k, v in state.items()}))
 
 
 class _OnnxNet(nn.Module):

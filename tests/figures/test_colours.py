@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 
 from dnal_mini.figures import colours, plots
 from dnal_mini.figures.colours import COLOURS, MARKERS, METHOD_COLOURS, colour, looks, marker
+from dnal_mini.methods import METHODS
 
 PLANNED = [
     "dnal", "random", "uniform", "l1-norm", "slimming", "group-lasso", "variational-dropout",
@@ -65,6 +66,7 @@ def test_the_yardsticks_measure_what_they_are_known_to():
 
 def test_every_method_has_its_own_colour_and_marker():
     assert set(METHOD_COLOURS) == set(PLANNED)
+    assert set(METHODS) <= set(METHOD_COLOURS), "a new method needs its line in the table"
     assert len(set(METHOD_COLOURS.values())) == len(METHOD_COLOURS)
     for name, (ink, mark) in METHOD_COLOURS.items():
         assert (colour(name), marker(name)) == (ink, mark)
