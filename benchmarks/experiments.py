@@ -14,21 +14,23 @@ import subprocess
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from dnal_mini import recipes
-from dnal_mini.config import SearchConfig
+from dnal_mini.config import Budget, SearchConfig
 from dnal_mini.data.imageset import Split
 from dnal_mini.gating import add_gates, gates, set_gates
 from dnal_mini.measure import microscope
 from dnal_mini.runs import runlog
 from dnal_mini.runs.runfolder import RunFolder
-from dnal_mini.search.driver import _placed, build, load_data, run
-from dnal_mini.search.stages import arch_stage, numerics
+from dnal_mini.search.driver import run
+from dnal_mini.search.inputs import build, load_data, placed
+from dnal_mini.search.stages import arch_stage
+from dnal_mini.training.stage import Session
 
 RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (0, 1, 2)
@@ -65,9 +67,9 @@ def plan(seeds: tuple[int, ...] = SEEDS) -> dict[str, Job]:
     """Every run, by key, in the order in which they are started."""
     jobs: list[Job] = []
     for seed in seeds:
-        base = replace(recipes.vgg16_mini(), seed=seed)
+        base = recipes.vgg16_mini().replace(seed=seed)
         jobs += _network("vgg16", base) + _settings(base) + _controls(base)
-        jobs += _network("mobilenetv2", replace(recipes.mobilenetv2_mini(), seed=seed))
+        jobs += _network("mobilenetv2", recipes.mobilenetv2_mini().replace(seed=seed))
     jobs.sort(key=lambda job: FIRST.index(job.folder))
     return {job.key: job for job in jobs}
 
@@ -78,24 +80,24 @@ FIRST = ("base", "microscope", "joint", "order", "controls", "ablations")
 def _network(net: str, base: SearchConfig) -> list[Job]:
     """The base run of a network, its gates across delta, the orders, and joint optimisation."""
     key = f"base/{net}-seed{base.seed}"
-    jobs = [Job("base", net, replace(base, baseline=net == "vgg16"))]
+    jobs = [Job("base", net, base.replace(baseline="all-epochs" if net == "vgg16" else "none"))]
     if base.seed == SEEDS[0]:
         jobs += [
-            Job("microscope", f"{net}-price{price:g}", replace(base, gate_price=price), key)
+            Job("microscope", f"{net}-price{price:g}", base.replace(gate_price=price), key)
             for price in PRICES
         ]
         jobs[1:] = [replace(job, kind="look") for job in jobs[1:]]
     for order in ("conv-bn-relu-ss", "conv-ss-bn-relu"):
-        jobs.append(Job("order", f"{net}-{order}", replace(base, order=order)))
+        jobs.append(Job("order", f"{net}-{order}", base.replace(order=order)))
     for head in (True, False):  # gates stay at 1/2: what of stage 2 has nothing to do with gates?
-        still = replace(base, arch_lr=1e-12, gate_price=0.0, freeze_classifier=head)
+        still = base.replace(arch_lr=1e-12, gate_price=0.0, freeze_classifier=head)
         name = f"{net}-half-gates{'' if head else '-head-trained'}"
         jobs.append(Job("order", name, still, key, kind="gates"))
-    joint = replace(base, optimisation="joint")
+    joint = base.replace(optimisation="joint")
     jobs.append(Job("joint", net, joint))
-    matched = replace(joint, target_by="shift")
+    matched = joint.replace(target_by="shift")
     jobs.append(Job("joint", f"{net}-matched", matched, jobs[-1].key, like=key))
-    as_long = replace(base, fine_tune_epochs=base.arch_epochs + base.fine_tune_epochs)
+    as_long = base.replace(fine_tune_epochs=base.method.arch_epochs + base.fine_tune_epochs)
     jobs.append(Job("joint", f"{net}-sequential-longer", as_long, key))  # weights: as many epochs
     return jobs
 
@@ -127,26 +129,26 @@ def _settings(base: SearchConfig) -> list[Job]:
     key = f"base/vgg16-seed{base.seed}"
     jobs = [
         # momentum is emptied in every stage, so that these do not share the first one
-        Job("ablations", name, replace(base, **new), "" if "reset_momentum" in new else key)
+        Job("ablations", name, base.replace(**new), "" if "reset_momentum" in new else key)
         for name, new in changes.items()
     ]
-    code = replace(base, objective="code", gate_price=3e-3)
+    code = base.replace(objective="code", gate_price=3e-3)
     return [*jobs, Job("ablations", "code-price-matched", code, key, like=key)]
 
 
 def _controls(base: SearchConfig) -> list[Job]:
     """Other ways to a network of the same MACs: rules, and training from scratch."""
     key, jobs = f"base/vgg16-seed{base.seed}", []
-    whole = base.weight_epochs + base.arch_epochs + base.fine_tune_epochs
-    longer = base.arch_epochs + base.fine_tune_epochs
+    whole = base.weight_epochs + base.method.arch_epochs + base.fine_tune_epochs
+    longer = base.method.arch_epochs + base.fine_tune_epochs
     for rule in ("random", "uniform", "l1-norm"):
-        ruled = replace(base, gates_from=rule, target_by="shift", target_macs=0.5)
+        ruled = base.replace(method=rule, budget=Budget(macs=0.5))
         jobs.append(Job("controls", rule, ruled, key, like=key))
-        longer_too = replace(ruled, fine_tune_epochs=longer)
+        longer_too = ruled.replace(fine_tune_epochs=longer)
         jobs.append(Job("controls", f"{rule}-longer", longer_too, key, like=key))
-    scratch = replace(base, tuned_from="scratch", fine_tune_epochs=whole)
-    narrow = replace(scratch, gates_from="uniform", target_by="shift", target_macs=0.5)
-    same = replace(base, tuned_from="scratch")
+    scratch = base.replace(tuned_from="scratch", fine_tune_epochs=whole)
+    narrow = scratch.replace(method="uniform", budget=Budget(macs=0.5))
+    same = base.replace(tuned_from="scratch")
     return [
         *jobs,
         Job("controls", "scratch", scratch, key),
@@ -162,17 +164,17 @@ def settled(job: Job) -> SearchConfig:
     result = runlog.read(RESULTS / f"{job.like}.jsonl")[-1]
     share = result["macs"][1] / result["macs"][0]
     if not job.compute_of_like:
-        return replace(job.config, target_macs=share)
+        return job.config.replace(budget=Budget(macs=share))
     like = job.config  # forward and backward are 3 passes, without weight gradients 2
-    passes = 3 * like.weight_epochs + 2 * like.arch_epochs
+    passes = 3 * like.weight_epochs + 2 * like.method.arch_epochs
     epochs = round(passes / 3 / share + like.fine_tune_epochs)
-    return replace(job.config, fine_tune_epochs=epochs)
+    return job.config.replace(fine_tune_epochs=epochs)
 
 
 def run_job(job: Job, runs: Path, data_dir: str) -> None:
     """Run a job in ``runs`` and put its record in its place."""
     parent = str(runs / job.parent) if job.parent else ""
-    config = replace(settled(job), data_dir=data_dir, weights_from=parent)
+    config = settled(job).replace(data_dir=data_dir, weights_from=parent)
     out = runs / job.key
     if job.kind == "look":
         _look_through(config, out)
@@ -186,12 +188,13 @@ def _look_through(config: SearchConfig, out: Path) -> None:
     """An architecture stage that is measured before its first epoch and after each."""
     shutil.rmtree(out, ignore_errors=True)
     data = load_data(config)
-    net = add_gates(_placed(build(config, data), config, data), config.order)
+    net = add_gates(placed(build(config, data), config, data), config.order)
+    feed = config.method_stages()[0].feed
     some = Split(data.train.images[:LOOKED_AT], data.train.labels[:LOOKED_AT])
 
     def seen(epoch: int) -> dict[str, Any]:
-        found = microscope.look(net, some, data, batch=config.batch, **numerics(data, config))
-        layers = microscope.summary(found, config.gate_price)
+        found = microscope.look(net, some, data, feed, batch=config.batch)
+        layers = microscope.summary(found, config.method.gate_price)
         for name, gate in found.items():
             layers[name]["s"] = [float(f"{value:.4g}") for value in gate["s"]]
             if epoch == 0:
@@ -206,7 +209,7 @@ def _look_through(config: SearchConfig, out: Path) -> None:
         folder.forget("arch_stage")  # taken over where only the looking is new: do it again
         set_gates(net, mode="soft", delta=1.0)
         folder.write("look", **seen(0))
-        for row in arch_stage(net, data, config, folder=folder):
+        for row in arch_stage(net, data, config, Session(folder, checkpoint_s=config.checkpoint_s)):
             folder.log([row])
             if row["kind"] == "epoch":
                 folder.write("look", **seen(row["epoch"]))
@@ -272,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = [job for job in every.values() if job.key.startswith(begins)]
     if options.list:
         for job in jobs:
-            print(json.dumps({"job": job.key, "kind": job.kind, "config": asdict(job.config)}))
+            print(json.dumps({"job": job.key, "kind": job.kind, "config": job.config.settings()}))
         return 0
     words = ["--data-dir", options.data_dir, "--runs", str(options.runs)]
     return int(run_all(jobs, every, words, options.jobs) > 0)

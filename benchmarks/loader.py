@@ -29,7 +29,7 @@ from dnal_mini.runs.origin import describe_run
 from dnal_mini.runs.runlog import RunLog
 from dnal_mini.training.devices import pick_device, pick_dtype
 from dnal_mini.training.loop import as_input, autocast, fit
-from dnal_mini.training.schedules import constant
+from dnal_mini.training.stage import Feed, Stage
 
 GOAL = 0.95
 
@@ -63,12 +63,12 @@ def synthetic_epoch(
 
 
 def real_epoch(
-    net: nn.Module, optimizer: torch.optim.Optimizer, data: ImageSet, batch: int, **numerics: Any
+    net: nn.Module, optimizer: torch.optim.Optimizer, data: ImageSet, feed: Feed
 ) -> float:
     """Seconds of the training part of one epoch of ``fit``."""
     synchronise(data.train.images.device)
-    (row,) = fit(net, data, optimizer, 1, constant(1e-4), batch=batch, **numerics)
-    return len(data.train) // batch * batch / row["images_per_s"]
+    (row,) = fit(net, data, optimizer, Stage("epoch", 1, 1e-4, feed=feed))
+    return len(data.train) // feed.batch * feed.batch / row["images_per_s"]
 
 
 def pieces(data: ImageSet, batch: int, dtype: torch.dtype, channels_last: bool) -> dict[str, float]:
@@ -100,7 +100,7 @@ def measure(model: str, batch: int, chosen: argparse.Namespace) -> dict[str, Any
     """The row of one net and batch."""
     device = pick_device(chosen.device)
     dtype = pick_dtype(chosen.precision, device)
-    numerics: dict[str, Any] = {"dtype": dtype, "channels_last": not chosen.contiguous}
+    feed = Feed(batch, precision=chosen.precision, channels_last=not chosen.contiguous)
     torch.manual_seed(0)
     layout = torch.contiguous_format if chosen.contiguous else torch.channels_last
     net = MODELS[model](num_classes=10, width=chosen.width).to(device).to(memory_format=layout)
@@ -109,10 +109,10 @@ def measure(model: str, batch: int, chosen: argparse.Namespace) -> dict[str, Any
     data = toy_images(train=images, val=8, num_classes=10, image_shape=(3, 32, 32))
     data = dataclasses.replace(data, train=data.train.to(device), val=data.val.to(device))
     first = data.train.take(torch.arange(batch, device=device))
-    x = as_input(first.images, data, **numerics)
+    x = as_input(first.images, data, dtype, feed.channels_last)
 
     def real() -> float:
-        return real_epoch(net, optimizer, data, batch, **numerics)
+        return real_epoch(net, optimizer, data, feed)
 
     def synthetic() -> float:
         return synthetic_epoch(net, optimizer, x, first.labels, chosen.steps, dtype)
@@ -126,7 +126,7 @@ def measure(model: str, batch: int, chosen: argparse.Namespace) -> dict[str, Any
     shares = torch.tensor([one / other for other, one in spent], dtype=torch.float64)
     p10, ratio, p90 = (round(float(shares.quantile(q)), 3) for q in (0.1, 0.5, 0.9))
     real_s, synthetic_s = (statistics.median(column) for column in zip(*spent, strict=True))
-    input_s = pieces(data, batch, **numerics)
+    input_s = pieces(data, batch, dtype, feed.channels_last)
     return {
         "benchmark": "loader", **describe_run(chosen.device), "model": model,
         "width": chosen.width, "batch": batch, "steps": chosen.steps, "rounds": chosen.rounds,

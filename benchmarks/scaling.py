@@ -14,6 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +26,36 @@ from dnal_mini.runs.origin import describe_run
 from dnal_mini.runs.runlog import RunLog
 from dnal_mini.training.devices import pick_device, pick_dtype
 from dnal_mini.training.loop import fit
-from dnal_mini.training.schedules import constant
+from dnal_mini.training.stage import Feed, Stage
 
 Setting = tuple[int, float, int]  # images, width, batch
 
 
-def epoch_of(
-    setting: Setting, model: str, device: torch.device, **numerics: Any
-) -> Callable[[], float]:
+def epoch_of(setting: Setting, model: str, device: torch.device, feed: Feed) -> Callable[[], float]:
     """A function that trains one epoch and returns its seconds per whole number of batches.
 
     Images of an incomplete last batch are not trained; the seconds are scaled up for them.
     """
     images, width, batch = setting
     torch.manual_seed(0)
-    layout = torch.channels_last if numerics["channels_last"] else torch.contiguous_format
+    layout = torch.channels_last if feed.channels_last else torch.contiguous_format
     net = MODELS[model](num_classes=10, width=width).to(device).to(memory_format=layout)
     optimizer = torch.optim.SGD(net.parameters(), lr=1e-4, momentum=0.9, foreach=True)
     data = toy_images(train=images, val=8, num_classes=10, image_shape=(3, 32, 32))
     data = dataclasses.replace(data, train=data.train.to(device), val=data.val.to(device))
 
     def epoch() -> float:
-        (row,) = fit(net, data, optimizer, 1, constant(1e-4), batch=batch, **numerics)
+        (row,) = fit(net, data, optimizer, Stage("epoch", 1, 1e-4, feed=replace(feed, batch=batch)))
         return images / row["images_per_s"]
 
     return epoch
 
 
 def grid(
-    settings: Sequence[Setting], epochs: int, model: str, device: torch.device, **numerics: Any
+    settings: Sequence[Setting], epochs: int, model: str, device: torch.device, feed: Feed
 ) -> list[dict[str, Any]]:
     """Median seconds of an epoch at each setting, with all that was measured."""
-    points = [epoch_of(setting, model, device, **numerics) for setting in settings]
+    points = [epoch_of(setting, model, device, feed) for setting in settings]
     for point in points:  # warm-up
         point()
     spent: list[list[float]] = [[] for _ in points]
@@ -138,9 +137,9 @@ def main() -> None:
         "width": [(images, share, batch) for share in chosen.widths],
         "batch": [(images, width, size) for size in chosen.batches],
     }
-    numerics: dict[str, Any] = {"dtype": dtype, "channels_last": not chosen.contiguous}
+    feed = Feed(precision=chosen.precision, channels_last=not chosen.contiguous)
     by = {
-        name: grid(points, chosen.epochs, chosen.model, device, **numerics)
+        name: grid(points, chosen.epochs, chosen.model, device, feed)
         for name, points in settings.items()
     }
     row = {

@@ -17,35 +17,36 @@ from dnal_mini.gating import add_gates, arch_parameters, open_gates, set_gates, 
 from dnal_mini.models import vgg16
 from dnal_mini.training.devices import pick_dtype
 from dnal_mini.training.loop import fit, only_training
-from dnal_mini.training.schedules import constant
+from dnal_mini.training.stage import Feed, Stage, Work
 
 FULL_STEPS, ROUNDS, BATCH = 4, 3, 128
 dtype = pick_dtype("auto", torch.device("cpu"))
 speeds: dict[str, list[float]] = defaultdict(list)
 
 
-def images_per_s(net: torch.nn.Module, stage: str, steps: int, **numerics: object) -> float:
+def images_per_s(net: torch.nn.Module, name: str, steps: int, feed: Feed) -> float:
     """Speed of one epoch of ``steps`` steps, after a warm-up epoch of one step."""
-    soft = stage == "arch_stage"
+    soft = name == "arch_stage"
     set_gates(net, mode="soft" if soft else "off")
     parameters = list(arch_parameters(net) if soft else weight_parameters(net))
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)
-    price = (lambda: 1e-4 * open_gates(net)) if soft else None
+    work = Work(penalty=(lambda: open_gates(net)) if soft else None)
+    stage = Stage(name, 1, 0.0, price=1e-4, feed=feed)
     for count in (1, steps):
         data = toy_images(train=BATCH * count, val=8, num_classes=10, image_shape=(3, 32, 32))
         with only_training(net, parameters):
-            (row,) = fit(net, data, optimizer, 1, constant(0.0), price=price, **numerics)
+            (row,) = fit(net, data, optimizer, stage, work)
     return row["images_per_s"]
 
 
 for _ in range(ROUNDS):
     for width, steps in ((0.25, 4 * FULL_STEPS), (1.0, FULL_STEPS)):
         net = add_gates(vgg16(width=width)).to(memory_format=torch.channels_last)
-        fast = {"dtype": dtype, "channels_last": True}
-        speeds[f"{width}/fast"].append(images_per_s(net, "weight_stage", steps, **fast))
-        speeds[f"{width}/arch"].append(images_per_s(net, "arch_stage", steps, **fast))
+        fast = Feed(BATCH, precision="auto", channels_last=True)
+        speeds[f"{width}/fast"].append(images_per_s(net, "weight_stage", steps, fast))
+        speeds[f"{width}/arch"].append(images_per_s(net, "arch_stage", steps, fast))
         plain = add_gates(vgg16(width=width))
-        speeds[f"{width}/float32"].append(images_per_s(plain, "weight_stage", steps))
+        speeds[f"{width}/float32"].append(images_per_s(plain, "weight_stage", steps, Feed(BATCH)))
 
 median = {name: statistics.median(values) for name, values in speeds.items()}
 found: dict[str, object] = {

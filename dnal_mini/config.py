@@ -41,8 +41,8 @@ class Budget:
             raise ValueError(f"got budget {got}; need one of {', '.join(vars(self))}; do name one")
         if not 0 < self.share < 1:
             raise ValueError(
-                f"got budget.{self.metric} {self.share}; need a share of the dense net's between 0 "
-                "and 1, such as 0.3"
+                f"got budget.{self.metric} {given[self.metric]}; need a share of the dense net's "
+                "between 0 and 1, such as 0.3"
             )
 
     @property

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_benchmarks import load
 
-from dnal_mini.config import SearchConfig
+from dnal_mini.config import Budget, SearchConfig
 from dnal_mini.runs import runlog
 
 experiments = load("experiments")
@@ -20,7 +20,7 @@ TINY = {
 
 
 def small(job):
-    return dataclasses.replace(job, config=dataclasses.replace(job.config, **TINY))
+    return dataclasses.replace(job, config=job.config.replace(**TINY))
 
 
 def test_parents_come_first_and_share_what_is_taken_over():
@@ -42,10 +42,10 @@ def test_every_comparison_has_three_seeds():
 
 def test_one_setting_differs_from_the_base_at_a_time():
     jobs = experiments.plan()
-    base = dataclasses.asdict(jobs["base/vgg16-seed0"].config) | {"baseline": False}
+    base = jobs["base/vgg16-seed0"].config.settings() | {"baseline": "none"}
     for job in jobs.values():
         if job.folder == "ablations" and job.name not in ("scripts", "code-price-matched"):
-            new = dataclasses.asdict(job.config)
+            new = job.config.settings()
             differ = {name for name in new if new[name] != base[name]} - {"seed"}
             assert len(differ - {"delta_max"}) == 1, job.key
 
@@ -60,7 +60,7 @@ def test_equal_compute_counts_three_passes_for_weights_and_two_for_gates(tmp_pat
     spent = 3 * 6 * 1000 + 2 * 8 * 1000 + 3 * 6 * 250  # weights, gates, fine-tuning
     assert config.fine_tune_epochs == round(spent / (3 * 250))
     like = experiments.settled(experiments.plan()["controls/random-seed0"])
-    assert like.target_macs == 0.25
+    assert like.budget == Budget(macs=0.25)
 
 
 @pytest.mark.parametrize("key", ["microscope/vgg16-price0.001", "order/vgg16-half-gates"])
@@ -69,7 +69,7 @@ def test_stage_two_is_looked_at_with_the_weights_of_the_base(tmp_path, monkeypat
     jobs = experiments.plan()
     base, job = small(jobs["base/vgg16-seed0"]), small(jobs[f"{key}-seed0"])
     if "half" in key:
-        job = dataclasses.replace(job, config=dataclasses.replace(job.config, arch_lr=1e-12))
+        job = dataclasses.replace(job, config=job.config.replace(arch_lr=1e-12))
     for one in (base, job):
         experiments.run_job(one, tmp_path / "runs", "")
     rows, whole = runlog.read(job.record), runlog.read(base.record)
@@ -90,8 +90,10 @@ def test_stage_two_is_looked_at_with_the_weights_of_the_base(tmp_path, monkeypat
 def test_a_failed_run_is_told_and_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "RESULTS", tmp_path)
     jobs = [
-        experiments.Job("base", "one", SearchConfig(name="digits")),
-        experiments.Job("order", "two", SearchConfig(name="digits"), parent="base/one-seed0"),
+        experiments.Job("base", "one", SearchConfig().replace(name="digits")),
+        experiments.Job(
+            "order", "two", SearchConfig().replace(name="digits"), parent="base/one-seed0"
+        ),
     ]
 
     def fails(job, words):

@@ -1,7 +1,5 @@
 """Every recipe is built and run; the paper's say what the paper says."""
 
-import dataclasses
-
 import pytest
 
 from dnal_mini.recipes import RECIPES
@@ -10,8 +8,7 @@ from dnal_mini.search.driver import run
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_goes_the_whole_road_on_toy_images(name, tmp_path):
-    recipe = dataclasses.replace(
-        RECIPES[name](),
+    recipe = RECIPES[name]().replace(
         data="toy",
         val=32,
         width=0.07,
@@ -32,9 +29,10 @@ def test_every_recipe_goes_the_whole_road_on_toy_images(name, tmp_path):
 def test_paper_recipes_hold_what_the_paper_states(model):
     recipe = RECIPES[f"{model}_cifar10"]()
     assert (recipe.model, recipe.data, recipe.width) == (model, "cifar10", 1.0)
-    assert (recipe.weight_epochs, recipe.arch_epochs) == (100, 20)
-    assert (recipe.weight_lr, recipe.arch_lr) == (0.1, 0.1)
-    assert (recipe.delta_max, recipe.objective, recipe.order) == (1e4, "paper", "conv-bn-ss-relu")
+    assert (recipe.weight_epochs, recipe.weight_lr) == (100, 0.1)
+    assert (recipe.method.arch_epochs, recipe.method.arch_lr) == (20, 0.1)
+    assert (recipe.method.delta_max, recipe.method.objective) == (1e4, "paper")
+    assert recipe.order == "conv-bn-ss-relu"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -17,12 +17,13 @@ import yaml
 
 from dnal_mini.config import SearchConfig
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
+from dnal_mini.methods.dnal import DNAL
 from dnal_mini.runs.runlog import epochs, read
 
 ROOT = Path(__file__).parents[1]
 BOOK = ROOT / "book"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-MADE = {"SearchConfig": SearchConfig, "ScaledSigmoid": lambda: ScaledSigmoid(3)}
+MADE = {"SearchConfig": SearchConfig, "DNAL": DNAL, "ScaledSigmoid": lambda: ScaledSigmoid(3)}
 
 
 def rows_of_notation(markdown: str) -> list[list[str]]:

@@ -13,7 +13,7 @@ from dnal_mini.data.sources import toy_images
 from dnal_mini.gating import add_gates, arch_parameters, open_gates, set_gates, weight_parameters
 from dnal_mini.training.devices import start_processes
 from dnal_mini.training.loop import evaluate, fit, only_training
-from dnal_mini.training.schedules import constant
+from dnal_mini.training.stage import Feed, Session, Stage, Work
 
 
 def net() -> nn.Module:
@@ -30,17 +30,18 @@ def main() -> None:
     fabric = start_processes(torch.device("cpu"))
     data = toy_images(train=90, val=33, num_classes=3, image_shape=(3, 12, 10))
     model, losses = net(), []
-    common = {"batch": 6, "dtype": torch.float64, "fabric": fabric, "seed": "x"}
+    feed, session = Feed(batch=6, precision="float64"), Session(devices=fabric)
     for stage in ("weights", "gates"):
         soft = stage == "gates"
         set_gates(model, mode="soft" if soft else "off", delta=4.0)
         chosen = list(arch_parameters(model) if soft else weight_parameters(model))
         sgd = torch.optim.SGD(chosen, lr=0.0, momentum=0.9, weight_decay=0 if soft else 1e-3)
-        price = (lambda: 1e-2 * open_gates(model)) if soft else None
+        work = Work(penalty=(lambda: open_gates(model)) if soft else None)
+        planned = Stage(stage, 2, 0.05, price=1e-2, seed="x", feed=feed)
         with only_training(model, chosen):
-            for row in fit(model, data, sgd, 2, constant(0.05), price=price, **common):
+            for row in fit(model, data, sgd, planned, work, session):
                 losses.append([row["loss"], row["price"], row["train_accuracy"]])
-    accuracy = evaluate(model, data.val, data, batch=10, dtype=torch.float64, fabric=fabric)
+    accuracy = evaluate(model, data.val, data, feed, batch=10, devices=fabric)
     if fabric is None or fabric.global_rank == 0:
         found = {"losses": losses, "accuracy": accuracy, "net": model.state_dict()}
         torch.save(found | {"norm": type(model[1].norm).__name__}, Path(sys.argv[1]))

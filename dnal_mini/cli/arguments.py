@@ -113,6 +113,16 @@ def print_fields(config: SearchConfig, command: str) -> None:
             default=config,
             args=["--help"],
             prog=command,
-            description=f"The recipe {config.name}, with its settings. Results go to stdout.",
-            config=(tyro.conf.FlagConversionOff,),
+            description=(
+                f"The recipe {config.name}, with its settings. Results go to stdout. "
+                f"--method {{{','.join(METHODS)}}} (default: {config.method.name}) decides which "
+                "channels stay and brings its own settings: --method NAME --help shows them. "
+                f"--{' or --'.join(f'budget.{field.name}' for field in fields(Budget))} SHARE: "
+                "what the pruned net may cost, as a share of the dense one."
+            ),
+            config=(
+                tyro.conf.FlagConversionOff,
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.AvoidSubcommands,
+            ),
         )

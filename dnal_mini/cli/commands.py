@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -35,17 +36,18 @@ from dnal_mini.training.devices import is_first_process
 USAGE = """\
 usage: dnal run [RECIPE] [--field value ...] [--out DIR]
        dnal resume DIR
-       dnal sweep [RECIPE] --gate-price P1 P2 ... [--seed S1 S2 ...] [--jobs N] [--ray [ADDRESS]]
-                  [--field value ...] [--out DIR]
+       dnal sweep [RECIPE] --gate-price P1 P2 ... | --budget.macs M1 M2 ... [--seed S1 S2 ...]
+                  [--jobs N] [--ray [ADDRESS]] [--field value ...] [--out DIR]
        dnal report DIR|FILE ... [--epochs] [--markdown] [--figure FILE.svg|png]
        dnal export DIR|FILE [--format onnx|pt2|both] [--no-deploy] [--out DIR]
        dnal recipes
 
 run      Train, learn the width, cut, fine-tune; the default recipe is digits (minutes on two
          cores). "dnal run --help" lists every field, "dnal run RECIPE --help" with its values.
+         --method NAME: who decides which channels stay. --budget.macs 0.3: what may be left.
 resume   Go on with an interrupted run where it was stopped.
 sweep    A run per price and seed. What the runs of a seed share is trained once. The same command
-         again goes on, with more prices or seeds if they are named. --target-macs M1 M2 ...: a
+         again goes on, with more prices or seeds if they are named. --budget.macs M1 M2 ...: a
          share of the MACs to reach, in place of a price. --jobs: runs at a time. --ray: on a Ray
          cluster, whose machines must share the file system.
 report   The results of one run, or tables of several or of a sweep: each run, means over seeds,
@@ -113,8 +115,7 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 def _run(words: list[str]) -> None:
     """The recipe with its overrides, in a folder that its settings name unless --out does."""
     config, rest = _recipe(words)
-    if "-h" in words or "--help" in words:
-        print_fields(config, "dnal run [RECIPE] [--out DIR]")
+    if _asked_for_help(rest, config, "dnal run [RECIPE] [--out DIR]"):
         return
     given = overrides(rest, config)
     out = given.pop("out", None)
@@ -127,6 +128,15 @@ def _recipe(words: list[str]) -> tuple[SearchConfig, list[str]]:
     bare = bool(words) and not words[0].startswith("-")
     name = words[0] if bare else "digits"
     return RECIPES[known(name, RECIPES, "recipe")](), words[1:] if bare else list(words)
+
+
+def _asked_for_help(words: list[str], config: SearchConfig, command: str) -> bool:
+    """True if --help was among the words; then the fields are printed, those of --method too."""
+    if not {"-h", "--help"} & {*words}:
+        return False
+    method = take(words, "--method") or config.method.name
+    print_fields(config.replace(method=method, budget=Budget(macs=0.5)), command)
+    return True
 
 
 def _resume(words: list[str]) -> None:
@@ -144,13 +154,13 @@ def _resume(words: list[str]) -> None:
 def _sweep(words: list[str]) -> None:
     """All runs of a sweep that are not finished, in a folder that the settings name, or --out."""
     config, rest = _recipe(words)
-    if "-h" in words or "--help" in words:
-        print_fields(config, "dnal sweep [RECIPE] --gate-price P1 P2 ... [--seed S1 S2 ...]")
+    if _asked_for_help(rest, config, "dnal sweep [RECIPE] --gate-price P1 P2 ... [--seed S1 ...]"):
         return
     rest = [word.replace("--target-macs", "--budget.macs") for word in rest]
     strengths = {m.strength: f"--{m.strength.replace('_', '-')}" for m in METHODS.values()}
     flags = strengths | {f"budget.{f.name}": f"--budget.{f.name}" for f in fields(Budget)}
-    asked = {name: texts for name in flags if (texts := name and take_all(rest, flags[name]))}
+    found = {name: take_all(rest, flag) for name, flag in flags.items() if name}
+    asked = {name: texts for name, texts in found.items() if texts is not None}
     if len(asked) != 1:
         got = " and ".join(flags[name] for name in asked) or "nothing that the runs differ in"
         need = "one of " + ", ".join(f"{flag} V1 V2 ..." for name, flag in flags.items() if name)
@@ -161,10 +171,10 @@ def _sweep(words: list[str]) -> None:
     jobs, ray = take(rest, "--jobs"), take_all(rest, "--ray")
     given = overrides(rest, config)
     out = given.pop("out", None)
-    first = {field: values[0]} if field in strengths else {}
-    first |= {"budget": Budget(**{field.partition(".")[2]: values[0]})} if not first else {}
-    config = config.replace(**given, **first)
-    folder = Path(out) if out else Path("runs") / f"{config.name}-sweep-{_hash(config)}"
+    if field not in strengths and "method" in given:  # which may want a budget to be made
+        given["budget"] = Budget(macs=0.5)
+    config = config.replace(**given)
+    folder = Path(out) if out else Path("runs") / f"{config.name}-sweep-{_hash(config, sweep.FREE)}"
     try:
         failed = sweep.sweep(
             config,
@@ -256,8 +266,8 @@ def _search(config: SearchConfig, out: Path) -> None:
         print(tables.final_table(out))
 
 
-def _hash(config: SearchConfig) -> str:
-    """Six digits that differ between runs of one recipe with other settings."""
+def _hash(config: SearchConfig, free: Iterable[str] = PATHS) -> str:
+    """Six digits that differ between runs of one recipe with other settings, but for ``free``."""
     settings = config.settings()
-    text = json.dumps({name: settings[name] for name in sorted({*settings} - {*PATHS})})
+    text = json.dumps({name: settings[name] for name in sorted({*settings} - {*free})})
     return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from dnal_mini.data.imageset import ImageSet, Split
 from dnal_mini.gating import gates
 from dnal_mini.training.loop import as_input, autocast
+from dnal_mini.training.stage import Feed
 
 FROZEN = 1e-4  # a gate with p (1 - p) below it: the slope is under 1/2500 of its peak
 
@@ -23,10 +24,9 @@ def look(
     net: nn.Module,
     split: Split,
     data: ImageSet,
+    feed: Feed = Feed(),  # noqa: B008 - frozen
     *,
     batch: int = 64,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
 ) -> dict[str, dict[str, Tensor]]:
     """State and pull of every gate, by name; ``net`` is untouched, its gates must be soft.
 
@@ -52,10 +52,11 @@ def look(
         parameter.requires_grad_(False)
     sums = {name: torch.zeros(len(p), dtype=torch.float64) for name, p in leaves.items()}
     starts = range(0, len(split) - batch + 1, batch)
+    dtype = feed.dtype(split.device)
     for start in starts:
-        images, labels = split.images[start : start + batch], split.labels[start : start + batch]
+        images, labels = split.batch(torch.arange(start, start + batch, device=split.device))
         with autocast(images.device, dtype):
-            logits = net(as_input(images, data, dtype, channels_last))
+            logits = net(as_input(images, data, dtype, feed.channels_last))
         loss = F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
         for name, g in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
             sums[name] -= g.double().cpu() / len(starts)

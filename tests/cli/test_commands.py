@@ -19,6 +19,7 @@ from dnal_mini.cli.commands import main
 from dnal_mini.cli.display import Display
 from dnal_mini.config import SearchConfig
 from dnal_mini.deployment.export import onnx_runner
+from dnal_mini.methods import METHODS
 from dnal_mini.recipes import RECIPES
 from dnal_mini.runs import aggregate, runlog, tables
 from dnal_mini.search import driver as search
@@ -41,9 +42,9 @@ class Recorder:
     def __call__(self, config: SearchConfig, out: Path, progress: Callable, on_row: Callable):
         self.calls.append((config, Path(out)))
         Path(out).mkdir(parents=True, exist_ok=True)
-        (Path(out) / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+        (Path(out) / "config.json").write_text(json.dumps(config.settings()))
         log = runlog.RunLog(Path(out) / runlog.FILE_NAME)
-        on_row(log.append("run", format=1, config=config))
+        on_row(log.append("run", format=1, config=config.settings()))
         for epoch in (1, 2):
             for _ in progress(range(3), f"weight_stage {epoch}/2"):
                 pass
@@ -99,7 +100,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("run --weight-epochs 1.5", ["--weight-epochs '1.5'", "need int"]),
         ("run --gate-price cheap", ["--gate-price 'cheap'", "need float"]),
         ("run --model vgg61", ["--model 'vgg61'", "vgg16 or resnet56"]),
-        ("run --baseline maybe", ["--baseline 'maybe'", "need True or False"]),
+        (
+            "run --baseline maybe",
+            ["--baseline 'maybe'", "need weight-epochs or all-epochs or"],
+        ),
         ("run --seed", ["--seed alone"]),
         ("run --seed --width 1", ["--seed alone"]),
         ("run --seed 3 digits", ["'digits' alone", "recipe first"]),
@@ -107,6 +111,17 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("run --weight-epochs 0", ["weight_epochs", "0"]),
         ("run --arch-epochs -3", ["arch_epochs", "-3"]),
         ("run --fine-tune-epochs -1", ["fine_tune_epochs", "-1"]),
+        ("run --method l1norm --budget.macs 0.3", ["method 'l1norm'", "need l1-norm"]),
+        ("run --method l1-norm", ["'l1-norm' without a budget", "--budget.macs 0.3"]),
+        ("run --method random --budget.macs 0.3 --gate-price 1e-3", ["gate_price", "random"]),
+        ("run --budget.macs 0.3 --budget.params 0.3", ["budget macs and params"]),
+        ("run --budget.macs 0", ["budget.macs 0", "between 0 and 1"]),
+        ("run --budget.macs 1", ["budget.macs 1", "between 0 and 1"]),
+        ("run --budget.macs 1.5", ["budget.macs 1.5", "between 0 and 1"]),
+        ("run --budget.macs nan", ["budget.macs nan", "between 0 and 1"]),
+        ("run --budget.mac 0.3", ["'budget.mac'", "need budget.macs"]),
+        ("run --target-macs 1.5", ["budget.macs 1.5"]),
+        ("sweep --method random --gate-price 1e-3", ["'random' without a budget"]),
         ("run --gate-price -0.1", ["gate_price", "-0.1"]),
         ("run --gate-price nan", ["gate_price", "nan"]),
         ("run --delta-max 0.5", ["delta_max", "0.5"]),
@@ -124,12 +139,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("report . --figure", ["--figure alone"]),
         ("recipes --all", ["'--all'"]),
         ("sweep digts --gate-price 1e-3", ["'digts'", "need digits"]),
-        ("sweep", ["no price", "--gate-price P1 P2"]),
+        ("sweep", ["nothing that the runs differ in", "--gate-price V1 V2"]),
         ("sweep --gate-price", ["no gate_price", "need one or more"]),
         ("sweep --gate-price 1e-3 cheap", ["'cheap'", "need float"]),
         ("sweep --gate-price 1e-3 0.001", ["0.001 twice"]),
-        ("sweep --gate-price 1e-3 --target-macs 0.5", ["prices and targets"]),
-        ("sweep --target-macs 0.3 1.5", ["target_macs 1.5"]),
+        ("sweep --gate-price 1e-3 --target-macs 0.5", ["--gate-price and --budget.macs"]),
+        ("sweep --target-macs 0.3 1.5", ["budget.macs 1.5", "between 0 and 1"]),
         ("sweep --gate-price 1e-3 --seed", ["no seed"]),
         ("sweep --gate-price 1e-3 --seed 1 5 1", ["seed 1 twice"]),
         ("sweep --gate-price 1e-3 --seed 0.5", ["seed '0.5'", "need int"]),
@@ -230,9 +245,21 @@ def test_help_for_run_lists_every_field_with_the_values_of_the_recipe(
 ):
     assert main(["run", "mobilenetv2_cifar10", "--help"]) == 0
     text = capsys.readouterr().out
-    names = [field.name.replace("_", "-") for field in dataclasses.fields(SearchConfig)]
+    fields = [*dataclasses.fields(SearchConfig), *dataclasses.fields(METHODS["dnal"])]
+    names = [field.name.replace("_", "-") for field in fields]
     assert all(f"--{name}" in text for name in [*names, "out"])
     assert "(default: mobilenetv2)" in text
+
+
+def test_help_shows_the_settings_of_the_method_that_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+):
+    for name, method in METHODS.items():
+        assert main(["run", "--method", name, "--help"]) == 0
+        text = capsys.readouterr().out
+        own = {f"--{field.name.replace('_', '-')} " for field in dataclasses.fields(method)}
+        assert all(flag in text for flag in {*own, "--method ", "--budget.macs "}), name
+        assert ("--gate-price" in text) == (name == "dnal")
 
 
 def test_recipes_lists_each_with_its_epochs(capsys: pytest.CaptureFixture[str]):
@@ -240,7 +267,9 @@ def test_recipes_lists_each_with_its_epochs(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     for name, recipe in RECIPES.items():
         config = recipe()
-        epochs = f"{config.weight_epochs}+{config.arch_epochs}+{config.fine_tune_epochs} epochs"
+        epochs = (
+            f"{config.weight_epochs}+{config.method.arch_epochs}+{config.fine_tune_epochs} epochs"
+        )
         line = next(line for line in text.splitlines() if line.startswith(f"{name} "))
         assert line.split()[1:] == [config.model, *epochs.split()]
         assert recipe.__doc__.strip().splitlines()[0] in text
@@ -250,10 +279,10 @@ def test_recipes_lists_each_with_its_epochs(capsys: pytest.CaptureFixture[str]):
 
 
 def test_words_become_typed_settings_of_the_recipe(ran: Recorder):
-    words = "run cifar10_cpu --seed=5 --gate_price 3e-4 --baseline false --data-dir a/b --out r"
+    words = "run cifar10_cpu --seed=5 --gate_price 3e-4 --baseline none --data-dir a/b --out r"
     assert main(words.split()) == 0
-    changed = {"seed": 5, "gate_price": 3e-4, "baseline": False, "data_dir": "a/b"}
-    assert ran.calls == [(dataclasses.replace(RECIPES["cifar10_cpu"](), **changed), Path("r"))]
+    changed = {"seed": 5, "gate_price": 3e-4, "baseline": "none", "data_dir": "a/b"}
+    assert ran.calls == [(RECIPES["cifar10_cpu"]().replace(**changed), Path("r"))]
 
 
 def test_run_alone_is_the_digits_recipe(ran: Recorder):
@@ -316,7 +345,7 @@ def test_a_run_without_a_result_is_resumed_with_its_own_settings(
     ran: Recorder, capsys: pytest.CaptureFixture[str]
 ):
     ran.end = KeyboardInterrupt()
-    words = ["run", "--gate-price", "0.00037", "--baseline", "false", "--data-dir", "dir", "--out"]
+    words = ["run", "--gate-price", "0.00037", "--baseline", "none", "--data-dir", "dir", "--out"]
     assert main([*words, "my run"]) == 130
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("dnal: interrupted after weight_stage epoch 2; continue with: dnal ")
@@ -329,7 +358,7 @@ def test_a_run_without_a_result_is_resumed_with_its_own_settings(
 def test_a_real_run_stopped_in_its_second_stage_goes_on_to_the_same_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    words = "run --data toy --val 17 --width 0.05 --batch 64 --baseline false --arch-epochs 2"
+    words = "run --data toy --val 17 --width 0.05 --batch 64 --baseline none --arch-epochs 2"
     words += " --weight-epochs 1 --fine-tune-epochs 1 --out"
     assert main([*words.split(), "whole"]) == 0
     shown = Display.show
@@ -381,10 +410,10 @@ def test_a_finished_run_is_not_run_again_by_resume(
 def test_settings_of_another_version_are_told(ran: Recorder, capsys: pytest.CaptureFixture[str]):
     Path("r").mkdir()
     runlog.RunLog("r/record.jsonl").append("run", format=1, config={})
-    settings = dataclasses.asdict(SearchConfig())
+    settings = SearchConfig().settings()
     for text, part in (
         (json.dumps(settings | {"gate_prize": 1.0}), "need gate_price"),
-        (json.dumps(settings | {"gate_price": "cheap"}), "need float"),
+        (json.dumps(settings | {"gate_price": "cheap"}), "of type float"),
         (json.dumps(settings)[:-9], "r/config.json"),
         ("[1, 2]", "r/config.json"),
     ):
@@ -480,7 +509,7 @@ def test_a_sweep_runs_each_price_with_each_seed_and_reports_them(
     words = "sweep cifar10_cpu --gate-price 1e-3 5e-3 --seed 5 7 --batch 32 --out s"
     assert main(words.split()) == 0
     runs = [config for config, out in swept.calls if out.name != "shared"]
-    assert [(run.seed, run.gate_price, run.batch) for run in runs] == [
+    assert [(run.seed, run.method.gate_price, run.batch) for run in runs] == [
         (5, 1e-3, 32), (5, 5e-3, 32), (7, 1e-3, 32), (7, 5e-3, 32)
     ]  # fmt: skip
     output = capsys.readouterr()
@@ -498,7 +527,7 @@ def test_a_sweep_of_targets_has_a_folder_that_its_settings_name(swept: Swept):
     outs = [out for _, out in swept.calls]
     assert len({out.parents[1] for out in outs}) == 1
     assert outs[0].parents[1].name.startswith("digits-sweep-")
-    targets = [config.target_macs for config, out in swept.calls if out.name != "shared"]
+    targets = [config.budget.macs for config, out in swept.calls if out.name != "shared"]
     assert targets == [0.3, 0.5]
 
 
@@ -584,7 +613,7 @@ def test_export_of_a_run_writes_its_dense_and_its_pruned_net(
 def test_without_a_baseline_the_dense_net_is_that_of_stage_1(finished: Path, folder: Path):
     shutil.copytree(finished, "r")
     settings = json.loads(Path("r/config.json").read_text())
-    Path("r/config.json").write_text(json.dumps(settings | {"baseline": False}))
+    Path("r/config.json").write_text(json.dumps(settings | {"baseline": "none"}))
     assert main(["export", "r", "--format=pt2", "--no-deploy"]) == 0
     new = {path.name for path in Path("r").iterdir()} - {path.name for path in finished.iterdir()}
     assert new == {"dense.pt2", "pruned.pt2"}
@@ -648,7 +677,7 @@ def test_files_that_cannot_be_exported_are_told(
 def test_a_run_whose_checkpoint_is_gone_or_of_another_net_is_told(
     saved: dnal_mini.Pruned, capsys: pytest.CaptureFixture[str]
 ):
-    settings = dataclasses.asdict(SearchConfig(model="vgg16", width=0.05))
+    settings = SearchConfig().replace(model="vgg16", width=0.05).settings()
     Path("config.json").write_text(json.dumps(settings))
     assert "baseline.pt" in refusal(capsys, "export", ".")
     torch.save({"net": dnal_mini.models.vgg16(7, width=0.1).state_dict()}, "baseline.pt")

@@ -1,7 +1,6 @@
 """The paper's and the authors' forms: their laws, and the register that names them all."""
 
 import csv
-import dataclasses
 import json
 from collections import Counter
 from itertools import pairwise
@@ -141,10 +140,10 @@ def test_gates_of_a_net_are_drawn_as_the_share_says():
 # --- what a setting changes, from records -----------------------------------------------------
 
 
-TOY = SearchConfig(
+TOY = SearchConfig().replace(
     name="toy", data="toy", val=32, model="vgg16", width=0.07, weight_epochs=1, arch_epochs=3,
     fine_tune_epochs=1, batch=64, arch_lr=5.0, gate_price=1e-3, precision="float32",
-    channels_last=False, baseline=False,
+    channels_last=False, baseline="none",
 )  # fmt: skip
 
 
@@ -163,7 +162,7 @@ def test_a_variant_is_compared_with_the_base_run_of_the_same_seed(tmp_path):
     store(tmp_path, "base-seed0.jsonl", result(0, 0.80, 500))
     store(tmp_path, "base-seed1.jsonl", result(1, 0.60, 300))
     store(tmp_path, "base-seed5.jsonl", result(5, 0.10, 900))
-    other = {"threshold": 0.9, "weights_from": "elsewhere", "name": "made", "baseline": False}
+    other = {"threshold": 0.9, "weights_from": "elsewhere", "name": "made", "baseline": "none"}
     store(tmp_path, "threshold-seed1.jsonl", result(1, 0.63, 200, **other))
     store(tmp_path, "threshold-seed0.jsonl", result(0, 0.79, 450, **other))
     store(tmp_path, "threshold-seed7.jsonl", result(7, 0.99, 999, **other))
@@ -186,7 +185,7 @@ def test_without_records_or_a_base_run_there_is_nothing_to_say(tmp_path):
 
 
 def test_records_of_real_runs_are_read(tmp_path):
-    variants = {"base": TOY, "price_form": dataclasses.replace(TOY, objective="code")}
+    variants = {"base": TOY, "price_form": TOY.replace(objective="code")}
     last = {}
     for name, config in variants.items():
         last[name] = run(config, tmp_path / name)
@@ -211,12 +210,12 @@ def test_every_row_of_the_register_says_all_three_sides_and_where_to_look():
 
 
 def test_the_register_names_settings_and_values_that_exist():
-    fields = {field.name for field in dataclasses.fields(SearchConfig)}
+    fields = SearchConfig().settings().keys()
     named = [row for row in rows_of("register.csv") if row["field"]]
     assert {row["field"] for row in named} <= fields
     assert len(named) > 20
-    assert SearchConfig(name="paper") == dataclasses.replace(
-        recipes.vgg16_cifar10(), name="paper", data="digits", val=180
+    assert SearchConfig().replace(name="paper") == recipes.vgg16_cifar10().replace(
+        name="paper", data="digits", val=180
     ), "the defaults that the page shows are those of the paper's recipe"
 
 

@@ -12,7 +12,9 @@ from dnal_mini.gating import add_gates, gates, open_gates, set_gates
 from dnal_mini.measure.microscope import look, summary
 from dnal_mini.models import MODELS
 from dnal_mini.training.loop import as_input
+from dnal_mini.training.stage import Feed
 
+EXACT = Feed(precision="float64")
 DATA = toy_images(train=48, seed=2, image_shape=(3, 32, 32))
 
 
@@ -28,7 +30,7 @@ def soft_net(order="conv-bn-ss-relu", delta=3.0):
 @pytest.mark.parametrize("order", ["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"])
 def test_slope_times_pull_is_the_gradient_of_the_loss(order):
     net = soft_net(order)
-    seen = look(net, DATA.train, DATA, batch=48, dtype=torch.float64)
+    seen = look(net, DATA.train, DATA, batch=48, feed=EXACT)
     x = as_input(DATA.train.images, DATA, torch.float64, False)
     price = 0.01
     loss = F.cross_entropy(net(x), DATA.train.labels) + price * open_gates(net)
@@ -40,7 +42,7 @@ def test_slope_times_pull_is_the_gradient_of_the_loss(order):
 
 def test_a_pull_is_what_opening_a_gate_wins():
     net = soft_net()
-    seen = look(net, DATA.train, DATA, batch=48, dtype=torch.float64)["features.bn4.gate"]
+    seen = look(net, DATA.train, DATA, batch=48, feed=EXACT)["features.bn4.gate"]
     gate, x = net.features.bn4.gate, as_input(DATA.train.images, DATA, torch.float64, False)
     losses = []
     for step in (-1e-6, 1e-6):
@@ -56,7 +58,7 @@ def test_a_pull_is_what_opening_a_gate_wins():
 def test_looking_changes_nothing():
     net = soft_net().eval()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    look(net, DATA.train, DATA, batch=16, dtype=torch.float64)
+    look(net, DATA.train, DATA, batch=16, feed=EXACT)
     assert not net.training
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in net.parameters())
@@ -67,11 +69,11 @@ def test_pulls_are_means_over_whole_batches():
 
     def first(count):
         split = Split(DATA.train.images[:count], DATA.train.labels[:count])
-        seen = look(net, split, DATA, batch=16, dtype=torch.float64)
+        seen = look(net, split, DATA, batch=16, feed=EXACT)
         return seen["features.bn2.gate"]["pull"]
 
     second = Split(DATA.train.images[16:32], DATA.train.labels[16:32])
-    other = look(net, second, DATA, batch=16, dtype=torch.float64)["features.bn2.gate"]["pull"]
+    other = look(net, second, DATA, batch=16, feed=EXACT)["features.bn2.gate"]["pull"]
     assert torch.allclose(first(32), (first(16) + other) / 2)
     assert torch.equal(first(32), first(47))  # the last 15 fill no batch
 

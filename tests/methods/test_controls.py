@@ -1,27 +1,34 @@
 """Rules that choose channels without a search, and what a run by a rule or from scratch does."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
 
-from dnal_mini.config import SearchConfig
+from dnal_mini.config import Budget, SearchConfig
+from dnal_mini.data.sources import toy_images
 from dnal_mini.gating import add_gates, gates
-from dnal_mini.methods.controls import filter_norms, rank_by
+from dnal_mini.methods import METHODS
+from dnal_mini.methods.contract import Subject, Values
+from dnal_mini.methods.controls import filter_norms
 from dnal_mini.models import MODELS, restart
 from dnal_mini.runs import runlog
-from dnal_mini.search.driver import load_data, run
+from dnal_mini.search.driver import run
+from dnal_mini.search.inputs import load_data
 
-CONFIG = SearchConfig(
+DATA = toy_images(seed=0, val=32, image_shape=(3, 32, 32))
+CONFIG = SearchConfig().replace(
     name="toy", data="toy", val=32, width=0.07, weight_epochs=1, arch_epochs=2, fine_tune_epochs=1,
     batch=64, arch_lr=5.0, gate_price=1e-3, precision="float32", channels_last=False,
-    baseline=False,
+    baseline="none",
 )  # fmt: skip
 
 
+def values(net: nn.Module, rule: str, seed: int = 0) -> Values:
+    return METHODS[rule]().values(Subject(net, DATA, seed))
+
+
 def changed(**fields) -> SearchConfig:
-    return dataclasses.replace(CONFIG, **fields)
+    return CONFIG.replace(**fields)
 
 
 @pytest.mark.parametrize("order", ["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"])
@@ -45,11 +52,12 @@ def test_the_norm_of_a_filter_is_that_of_the_convolution_that_makes_the_channel(
 
 def test_uniform_ranks_let_every_layer_keep_the_same_share():
     net = add_gates(MODELS["vgg16"](width=0.25))
-    rank_by(net, "uniform", seed=3)
+    found = values(net, "uniform", seed=3)
+    assert list(found) == list(gates(net))
     for cut, share in ((0.0, 0.5), (0.25, 0.25), (-0.4, 0.9)):
-        kept = [float((gate.s > cut).float().mean()) for gate in gates(net).values()]
+        kept = [float((value > cut).float().mean()) for value in found.values()]
         assert kept == pytest.approx([share] * len(kept), abs=1 / 16)
-    orders = [gate.s.argsort().tolist() for gate in gates(net).values()]
+    orders = [value.argsort().tolist() for value in found.values()]
     assert orders[0] != sorted(orders[0])  # which ones is left to chance
 
 
@@ -57,8 +65,7 @@ def test_a_rule_depends_on_its_seed_and_the_norm_on_the_weights_alone():
     def scores(rule, seed):
         torch.manual_seed(7)
         net = add_gates(MODELS["vgg16"](width=0.1))
-        rank_by(net, rule, seed)
-        return torch.cat([gate.s.detach() for gate in gates(net).values()])
+        return torch.cat(list(values(net, rule, seed).values()))
 
     for rule in ("random", "uniform"):
         assert torch.equal(scores(rule, 1), scores(rule, 1))
@@ -68,34 +75,32 @@ def test_a_rule_depends_on_its_seed_and_the_norm_on_the_weights_alone():
 
 def test_a_filter_that_is_larger_is_ranked_higher():
     net = add_gates(MODELS["vgg16"](width=0.1))
-    conv, gate = net.features.conv3, net.features.bn3.gate
+    conv = net.features.conv3
     conv.weight.data[4] *= 10
     conv.weight.data[2] /= 10
-    rank_by(net, "l1-norm", seed=0)
-    assert (int(gate.s.argmax()), int(gate.s.argmin())) == (4, 2)
-    assert float(gate.s.detach().mean()) == pytest.approx(0, abs=1e-6)
+    found = values(net, "l1-norm")["features.bn3.gate"]
+    assert (int(found.argmax()), int(found.argmin())) == (4, 2)
+    assert float(found.mean()) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_gate_without_its_convolution_is_refused():
     net = add_gates(nn.Sequential(nn.Conv2d(3, 4, 1), nn.PixelShuffle(2), nn.BatchNorm2d(1)))
     with pytest.raises(ValueError, match="without a convolution of 1 channels"):
         filter_norms(net)
-    with pytest.raises(ValueError, match="need random, uniform or l1-norm"):
-        rank_by(net, "search", 0)
 
 
 @pytest.mark.parametrize("rule", ["random", "uniform", "l1-norm"])
 def test_a_run_by_a_rule_meets_its_target_without_a_search(tmp_path, rule):
-    config = changed(gates_from=rule, target_macs=0.5, target_by="shift")
+    config = changed(method=rule, budget=Budget(macs=0.5))
     result = run(config, tmp_path / "run")
     stages = {row["stage"] for row in runlog.epochs(tmp_path / "run")}
     assert stages == {"weight_stage", "fine_tune"}
     assert result["macs"][1] / result["macs"][0] == pytest.approx(0.5, abs=0.08)  # narrow layers
 
 
-def test_a_rule_needs_a_target():
-    with pytest.raises(ValueError, match="need a target"):
-        changed(gates_from="random")
+def test_a_rule_needs_a_budget():
+    with pytest.raises(ValueError, match="need one: it ranks channels"):
+        changed(method="random")
 
 
 def test_from_scratch_keeps_the_architecture_and_no_weight(tmp_path):

@@ -1,6 +1,5 @@
 """Means, spreads and savings by hand, and a figure that shows the rows of its table."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -30,7 +29,7 @@ def record(
     tuned: float, macs: int = 250, *rows: Row, price: float = 1e-3, seed: int = 0, **fields: object
 ) -> list[Row]:
     """A finished run of a network of 1,000 MACs and 700 params, a seventh of which it keeps."""
-    config = dataclasses.asdict(SearchConfig(gate_price=price, seed=seed)) | fields
+    config = SearchConfig().replace(gate_price=price, seed=seed).settings() | fields
     result = {
         "kind": "result",
         "dense_accuracy": 0.9 + seed / 100,
@@ -49,7 +48,7 @@ def cells(text: str) -> list[list[str]]:
 
 def joint(tuned: float, **fields: object) -> list[Row]:
     """A run without a dense network."""
-    rows = record(tuned, 100, optimisation="joint", **fields)
+    rows = record(tuned, 100, optimisation="joint", baseline="none", **fields)
     return [*rows[:-1], rows[-1] | {"dense_accuracy": None}]
 
 
@@ -76,7 +75,7 @@ def test_only_runs_that_differ_in_the_seed_alone_are_one_group():
         record(0.8, seed=0),
         record(0.8, seed=1, weights_from="elsewhere", data_dir="there"),  # where, not what
         record(0.8, seed=2, fine_tune_epochs=7),
-        record(0.8, seed=3, target_macs=0.25),
+        record(0.8, seed=3, budget={"macs": 0.25}),
         record(0.8, seed=4)[:-1],  # not finished
     ]
     groups = aggregate.by_settings(runs)
@@ -87,7 +86,7 @@ def test_only_runs_that_differ_in_the_seed_alone_are_one_group():
 
 def test_a_record_from_before_a_setting_existed_has_its_default():
     old = record(0.8, seed=1)
-    del old[0]["config"]["target_macs"]
+    del old[0]["config"]["image_size"]
     assert len(aggregate.by_settings([record(0.8), old])) == 1
 
 
@@ -96,7 +95,7 @@ def test_of_two_runs_of_one_seed_the_later_counts():
 
 
 def test_a_found_price_stands_in_the_table_of_runs():
-    run = record(0.8, target_macs=0.25)
+    run = record(0.8, budget={"macs": 0.25})
     run[-1]["gate_price"] = 0.00123456
     assert cells(tables.results_table([run]))[0][1] == "0.001235"
 

@@ -1,11 +1,11 @@
 """The committed run records, and the README that quotes them."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 from test_benchmarks import load
 
+from dnal_mini.config import SearchConfig
 from dnal_mini.recipes import RECIPES
 from dnal_mini.runs import aggregate, runlog
 
@@ -75,9 +75,11 @@ def test_the_record_of_an_experiment_is_that_of_the_plan(key: str):
     assert (first["kind"], last["kind"]) == ("run", ENDS[job.kind])
     assert first["commit"]
     assert first["dirty"] is False
-    settings = dataclasses.asdict(load("experiments").settled(job))
+    settings = load("experiments").settled(job).settings()
+    recorded = SearchConfig.of(first["config"]).settings()
     elsewhere = {"data_dir", "weights_from"}
-    differ = {n for n, value in settings.items() if first["config"][n] != value} - elsewhere
+    assert recorded.keys() == settings.keys()
+    differ = {n for n, value in settings.items() if recorded[n] != value} - elsewhere
     assert not differ
     assert not [text for text in strings(rows) if text.startswith(("/", "~"))]
     if job.kind == "run":

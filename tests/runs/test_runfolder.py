@@ -1,6 +1,5 @@
 """Folders of runs: taken over, refused, damaged."""
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from dnal_mini.runs import runlog
 from dnal_mini.search.driver import run
 
 ROOT = Path(__file__).parents[2]
-CONFIG = SearchConfig(
+CONFIG = SearchConfig().replace(
     name="toy",
     data="toy",
     val=32,
@@ -32,27 +31,25 @@ CONFIG = SearchConfig(
 
 
 def changed(**fields) -> SearchConfig:
-    return dataclasses.replace(CONFIG, **fields)
+    return CONFIG.replace(**fields)
 
 
 def test_stage_one_can_be_taken_over_by_a_run_at_another_price(tmp_path):
     run(CONFIG, tmp_path / "first")
     dearer = changed(gate_price=2e-3)
     alone = run(dearer, tmp_path / "alone")
-    taken = run(
-        dataclasses.replace(dearer, weights_from=str(tmp_path / "first")), tmp_path / "taken"
-    )
+    taken = run(dearer.replace(weights_from=str(tmp_path / "first")), tmp_path / "taken")
     assert taken["fine_tuned_accuracy"] == alone["fine_tuned_accuracy"]
     assert taken["macs"] == alone["macs"]
     rows = runlog.read(tmp_path / "taken" / "record.jsonl")
     assert rows[0]["config"]["weights_from"] == "first"
-    assert [row["stage"] for row in rows if row.get("taken_over")] == ["weight_stage"] + [
-        "baseline"
-    ] * 5
+    assert [row["stage"] for row in rows if row.get("taken_over")] == [
+        "weight_stage", "baseline", "baseline"
+    ]  # fmt: skip
     origin = runlog.read(tmp_path / "first" / "record.jsonl")[0]
     assert rows[1]["kind"] == "taken_over"
     assert rows[1]["created"] == origin["created"]
-    other = dataclasses.replace(dearer, seed=1, weights_from=str(tmp_path / "first"))
+    other = dearer.replace(seed=1, weights_from=str(tmp_path / "first"))
     with pytest.raises(ValueError, match="another stage 1: seed"):
         run(other, tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
@@ -65,7 +62,7 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         run(CONFIG, tmp_path / "full")
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["letter.txt"]
     (tmp_path / "other").mkdir()
-    settings = dataclasses.asdict(changed(seed=3))
+    settings = changed(seed=3).settings()
     (tmp_path / "other" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="seed=3, not 0"):
         run(CONFIG, tmp_path / "other")
@@ -82,12 +79,12 @@ def halve(path: Path) -> None:
 
 
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path):
-    whole = run(changed(baseline=False), tmp_path / "run")
+    whole = run(changed(baseline="none"), tmp_path / "run")
     losses = [row["loss"] for row in runlog.epochs(tmp_path / "run")]
     without_result(tmp_path / "run")
     halve(tmp_path / "run" / "arch_stage.pt")
     with pytest.warns(UserWarning, match=r"arch_stage\.pt, which cannot be read; went on from"):
-        again = run(changed(baseline=False), tmp_path / "run")
+        again = run(changed(baseline="none"), tmp_path / "run")
     assert again["fine_tuned_accuracy"] == whole["fine_tuned_accuracy"]
     assert [row["loss"] for row in runlog.epochs(tmp_path / "run")] == losses
     without_result(tmp_path / "run")
@@ -97,12 +94,13 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path):
         pytest.warns(UserWarning, match="went on from the one before"),
         pytest.raises(ValueError, match=r"before\.pt, which cannot be read; remove it"),
     ):
-        run(changed(baseline=False), tmp_path / "run")
+        run(changed(baseline="none"), tmp_path / "run")
 
 
 def test_a_folder_that_is_being_written_is_refused_to_a_second_process(tmp_path):
     code = (
-        "import sys; from tests.runs.test_runfolder import CONFIG; from dnal_mini.search.driver import run\n"
+        "import sys; from tests.runs.test_runfolder import CONFIG\n"
+        "from dnal_mini.search.driver import run\n"
         "run(CONFIG, sys.argv[1])"
     )
     refused = []
@@ -144,11 +142,11 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
         if row.get("stage") == "arch_stage" and row["epoch"] == 1:
             (folder / "arch_stage.pt.part").symlink_to("/dev/full")
 
-    whole = run(changed(baseline=False), tmp_path / "whole")
+    whole = run(changed(baseline="none"), tmp_path / "whole")
     with pytest.raises(ValueError, match=r"got No space left on device for .*; need room"):
-        run(changed(baseline=False), folder, on_row=fill)
+        run(changed(baseline="none"), folder, on_row=fill)
     assert not (folder / "arch_stage.pt.part").exists()
-    result = run(changed(baseline=False), folder)
+    result = run(changed(baseline="none"), folder)
     assert told(result) == told(whole)
 
 
@@ -182,7 +180,7 @@ def test_a_field_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_a_diagnosis(tmp_path):
-    wild = changed(weight_epochs=3, weight_lr=1e30, baseline=False)
+    wild = changed(weight_epochs=3, weight_lr=1e30, baseline="none")
     with pytest.raises(FloatingPointError, match=r"epoch 1, step \d+ .*not finite now: .*weight"):
         run(wild, tmp_path / "run")
     rows = runlog.read(tmp_path / "run")

@@ -142,8 +142,8 @@ def test_a_broken_middle_line_is_named(tmp_path: Path, broken: bytes):
 def test_a_missing_record_and_another_format_are_told(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"got no run record at .*; need .*; do"):
         runlog.read(tmp_path)
-    RunLog(tmp_path / "record.jsonl").append("run", format=2)
-    with pytest.raises(ValueError, match=r"got record format 2 .* need format 1"):
+    RunLog(tmp_path / "record.jsonl").append("run", format=3)
+    with pytest.raises(ValueError, match=r"got record format 3 .* need format 1"):
         runlog.read(tmp_path)
 
 

@@ -7,18 +7,19 @@ import pytest
 import torch
 from torch import nn
 
-from dnal_mini.config import SearchConfig
+from dnal_mini.config import Budget, SearchConfig
 from dnal_mini.data.sources import toy_images
 from dnal_mini.gating import add_gates, gates, set_gates
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.netfile import load
 from dnal_mini.pruning.pruner import prune
 from dnal_mini.runs import runlog
+from dnal_mini.search.budget import impose
 from dnal_mini.search.driver import build, load_data, run
 from dnal_mini.search.floors import collapse_floors, keep_alive
 from dnal_mini.search.stages import arch_stage, fine_tune, weight_stage
 
-CONFIG = SearchConfig(
+CONFIG = SearchConfig().replace(
     name="toy",
     data="toy",
     val=32,
@@ -36,7 +37,7 @@ CONFIG = SearchConfig(
 
 
 def changed(**fields) -> SearchConfig:
-    return dataclasses.replace(CONFIG, **fields)
+    return CONFIG.replace(**fields)
 
 
 def gated_net(config: SearchConfig = CONFIG):
@@ -133,14 +134,19 @@ def test_every_layer_of_a_chain_is_vital_and_no_branch_is():
 
 def test_a_layer_that_closes_whole_gets_its_best_channels_back():
     net = add_gates(MODELS["vgg16"](width=0.07))
-    set_gates(net, mode="soft", delta=1e4)
-    for gate in gates(net).values():
-        gate.s.data = torch.linspace(-0.5, 0.5, len(gate.s))
-    dead = gates(net)["features.bn9.gate"]
-    dead.s.data = torch.linspace(-1, -0.5, len(dead.s))
-    assert keep_alive(net, collapse_floors(net, (3, 32, 32), 0.0)) == {"features.bn9.gate": 1}
-    assert dead.is_open.nonzero().flatten().tolist() == [len(dead.s) - 1]
-    assert float(dead.p[-1].detach()) > 1 - 1e-6
+    values = {name: torch.linspace(-0.5, 0.5, len(gate.s)) for name, gate in gates(net).items()}
+    values["features.bn9.gate"] -= 1
+    masks = {name: value > 0 for name, value in values.items()}
+    kept, opened = keep_alive(masks, values, collapse_floors(net, (3, 32, 32), 0.0))
+    assert opened == {"features.bn9.gate": 1}
+    dead = kept.pop("features.bn9.gate")
+    assert dead.nonzero().flatten().tolist() == [len(dead) - 1]
+    assert all(torch.equal(mask, masks[name]) for name, mask in kept.items())
+    assert not masks["features.bn9.gate"].any()  # what it was given is left alone
+    impose(net, masks | {"features.bn9.gate": dead})
+    assert [gate.is_open.tolist() for gate in gates(net).values()] == [
+        (masks | {"features.bn9.gate": dead})[name].tolist() for name in gates(net)
+    ]
 
 
 def test_a_ruinous_price_is_warned_of_and_leaves_every_layer_its_floor():
@@ -151,9 +157,9 @@ def test_a_ruinous_price_is_warned_of_and_leaves_every_layer_its_floor():
     assert warnings
     assert "features.bn13.gate" in warnings[-1]["text"]
     floors = collapse_floors(net, data.image_shape, config.floor)
-    keep_alive(net, floors)
-    for name, gate in gates(net).items():
+    for name, gate in gates(net).items():  # held while they were trained
         assert int(gate.is_open.sum()) >= floors[name]
+    set_gates(net, mode="hard")
     small = prune(net)
     assert not small.report.notes  # nothing died as a whole
     rows = list(fine_tune(small.module, data, config))
@@ -180,19 +186,19 @@ def test_a_run_writes_its_record_and_opens_the_test_set_once_at_the_end(tmp_path
 
         return dataclasses.replace(data, load_test=load_test)
 
-    monkeypatch.setattr("dnal_mini.search.driver.toy_images", counted)
+    monkeypatch.setattr("dnal_mini.search.inputs.toy_images", counted)
     result = run(CONFIG, tmp_path / "run")
     rows = runlog.read(tmp_path / "run" / "record.jsonl")
     assert opened == ["fine_tune"]
     kinds = [row["kind"] for row in rows if row["kind"] != "warning"]
-    assert kinds == ["run"] + ["epoch"] * (1 + 5 + 3) + ["prune"] + ["epoch"] * 2 + ["result"]
+    assert kinds == ["run"] + ["epoch"] * (1 + 2 + 3) + ["prune"] + ["epoch"] * 2 + ["result"]
     assert result == rows[-1]
     assert result["macs"][1] < result["macs"][0]
     assert result["macs_ratio"] == result["macs"][0] / result["macs"][1]
     assert result["hard_accuracy"] == pytest.approx(result["pruned_accuracy"], abs=0.05)
     (cut,) = [row for row in rows if row["kind"] == "prune"]
     assert cut["certificate"] < 1e-8
-    assert rows[0]["config"]["gate_price"] == CONFIG.gate_price
+    assert rows[0]["config"]["gate_price"] == CONFIG.method.gate_price
     assert run(CONFIG, tmp_path / "run") == result  # finished: read, not repeated
 
 
@@ -235,17 +241,17 @@ def test_bad_data_or_device_writes_nothing(tmp_path):
 
 
 def test_a_joint_run_has_one_stage_in_place_of_two_and_no_dense_network(tmp_path):
-    config = changed(optimisation="joint", baseline=False)
+    config = changed(optimisation="joint", baseline="none")
     result = run(config, tmp_path / "joint")
     stages = {row["stage"] for row in runlog.epochs(tmp_path / "joint")}
     assert stages == {"joint_stage", "fine_tune"}
     assert (result["dense_is"], result["dense_accuracy"]) == (None, None)
     assert runlog.read(tmp_path / "joint")[-2]["kind"] == "epoch"
-    with pytest.raises(ValueError, match="need --baseline false"):
+    with pytest.raises(ValueError, match="need --baseline none"):
         changed(optimisation="joint")
 
     half = changed(
-        optimisation="joint", baseline=False, target_macs=0.5, target_by="shift",
+        optimisation="joint", baseline="none", budget=Budget(macs=0.5), target_by="shift",
         weights_from=str(tmp_path / "joint"),
     )  # fmt: skip
     result = run(half, tmp_path / "half")
@@ -255,16 +261,16 @@ def test_a_joint_run_has_one_stage_in_place_of_two_and_no_dense_network(tmp_path
 
 
 def test_a_target_by_shift_keeps_the_price_and_probes_nothing(tmp_path):
-    config = changed(target_macs=0.5, target_by="shift", baseline=False)
+    config = changed(budget=Budget(macs=0.5), target_by="shift", baseline="none")
     result = run(config, tmp_path / "run")
     rows = runlog.read(tmp_path / "run")
     assert not [row for row in rows if row["kind"] == "probe"]
-    assert result["gate_price"] == CONFIG.gate_price
+    assert result["gate_price"] == CONFIG.method.gate_price
     assert result["macs"][1] / result["macs"][0] == pytest.approx(0.5, abs=0.1)
 
 
 def test_a_run_until_the_gates_ends_before_the_cut(tmp_path):
-    last = run(changed(baseline=False), tmp_path / "run", until="gates")
+    last = run(changed(baseline="none"), tmp_path / "run", until="gates")
     assert (last["kind"], last["stage"], last["epoch"]) == ("epoch", "arch_stage", 3)
     assert not (tmp_path / "run" / "pruned.safetensors").exists()
-    assert run(changed(baseline=False), tmp_path / "run")["kind"] == "result"
+    assert run(changed(baseline="none"), tmp_path / "run")["kind"] == "result"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from dnal_mini.config import SearchConfig
+from dnal_mini.config import Budget, SearchConfig
 from dnal_mini.runs import runlog
 from dnal_mini.search.driver import run
 from dnal_mini.search.price import MAX_PROBES, TOLERANCE, best_probe, is_hit, next_price
@@ -83,10 +83,10 @@ def test_a_hit_is_relative_to_the_target():
     assert not is_hit(0.03, 0.035)
 
 
-CONFIG = SearchConfig(
+CONFIG = SearchConfig().replace(
     name="toy", data="toy", val=32, width=0.07, weight_epochs=1, arch_epochs=4, fine_tune_epochs=1,
-    baseline=False, batch=64, arch_lr=1.0, gate_price=1e-3, target_macs=0.4, precision="float32",
-    channels_last=False,
+    baseline="none", batch=64, arch_lr=1.0, gate_price=1e-3, budget=Budget(macs=0.4),
+    precision="float32", channels_last=False,
 )  # fmt: skip
 
 
@@ -94,7 +94,7 @@ def test_a_run_with_a_target_finds_its_price_and_says_so(tmp_path):
     result = run(CONFIG, tmp_path / "run")
     rows = runlog.read(tmp_path / "run")
     probes = [(row["price_asked"], row["macs_share"]) for row in rows if row["kind"] == "probe"]
-    assert probes[0][0] == CONFIG.gate_price
+    assert probes[0][0] == CONFIG.method.gate_price
     assert len(probes) <= MAX_PROBES
     assert result["gate_price"] == best_probe(probes, 0.4)[0]
     assert not list((tmp_path / "run").glob("probe*"))

@@ -104,7 +104,8 @@ def test_the_images_of_a_split_are_counted_once_by_any_number_of_processes(tmp_p
         "data = toy_images(train=5, val=33, num_classes=3, image_shape=(3, 4, 4))\n"
         "net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))\n"
         "nn.init.zeros_(net[1].weight); nn.init.zeros_(net[1].bias); net[1].bias.data[1] = 1\n"
-        "found = [evaluate(net, data.val, data, batch=b, fabric=fabric) for b in (1, 7, 32, 500)]\n"
+        "sizes = (1, 7, 32, 500)\n"
+        "found = [evaluate(net, data.val, data, batch=b, devices=fabric) for b in sizes]\n"
         "right = int((data.val.labels == 1).sum()) / 33\n"
         "assert found == [right] * 4, (found, right)\n"
     )
@@ -143,7 +144,7 @@ def test_one_process_needs_no_fabric():
 def test_processes_and_devices_that_cannot_be_are_told_before_any_is_started(
     tmp_path, fields, text
 ):
-    config = SearchConfig(data="toy", val=33, batch=64, width=0.07)
+    config = SearchConfig().replace(data="toy", val=33, batch=64, width=0.07)
     with pytest.raises(ValueError, match=text):
-        run(SearchConfig(**(vars(config) | fields)), tmp_path / "run")
+        run(config.replace(**fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
