@@ -189,7 +189,7 @@ class SearchConfig:
         own = {f.name for f in fields(self)}
         theirs = {f.name for f in fields(kind)}
         for name in changes:
-            if known(name, {*own, *METHOD_FIELDS}, "field") not in own | theirs:
+            if known(name, {*own, *method_fields()}, "field") not in own | theirs:
                 owner = next(m for m in METHODS.values() if name in {f.name for f in fields(m)})
                 raise ValueError(
                     f"got {name} for method {kind.name}, which has no such field; need one of "
@@ -268,7 +268,6 @@ PATHS = ("data_dir", "weights_from")
 MEANS = (*PATHS, "checkpoint_s", "devices", "num_nodes", "strategy")
 TUNING = ("fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "residual", "tuned_from")
 LATER = ("method", "budget", "floor", "baseline")  # not in stage 1 either
-METHOD_FIELDS = frozenset(f.name for method in METHODS.values() for f in fields(method))
 TINY = 1e-12
 RANGES = {
     "val": (1, math.inf), "train_images": (0, math.inf), "image_size": (0, 65536),
@@ -301,6 +300,11 @@ def _check(part: SearchConfig | Method, ranges: Mapping[str, tuple[float, float]
             raise ValueError(f"got {name} {value}; need {above}")
 
 
+def method_fields() -> set[str]:
+    """Names of all settings of all methods."""
+    return {field.name for method in METHODS.values() for field in fields(method)}
+
+
 def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Flat settings of a record or folder of any version in today's words."""
     new = dict(settings)
@@ -310,7 +314,7 @@ def upgraded(settings: Mapping[str, Any]) -> dict[str, Any]:
     new["method"] = "dnal" if rule in (None, "search") else rule
     new["budget"] = {"macs": share} if share else None
     new["baseline"] = "none" if twin is False else "all-epochs"
-    for name in () if new["method"] == "dnal" else METHOD_FIELDS:
+    for name in () if new["method"] == "dnal" else method_fields():
         new.pop(name, None)
     return new
 

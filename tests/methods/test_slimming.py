@@ -1,4 +1,4 @@
-"""Network slimming: the price is that of the scales, the rank is global, the run is the driver's."""
+"""Network slimming: the price is that of the scales, the rank global, the run the driver's."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_a_channel_is_worth_the_size_of_its_scale(model):
 
 def test_the_price_shrinks_the_scales_and_a_run_meets_its_budget(tmp_path):
     means = {}
-    for price in (0.0, 1e-2):
+    for price in (0.0, 1e-1):
         config = CONFIG.replace(scale_price=price, slimming_lr=0.1)
         result = run(config, tmp_path / f"{price}")
         rows = [r for r in runlog.epochs(tmp_path / f"{price}") if r["stage"] == "sparse_stage"]
@@ -72,7 +72,7 @@ def test_the_price_shrinks_the_scales_and_a_run_meets_its_budget(tmp_path):
         assert result["macs"][1] / result["macs"][0] == pytest.approx(0.5, abs=0.08)
         assert [row["price"] > 0 for row in rows] == [price > 0] * 2
         assert result["scale_price"] == price
-    assert means[1e-2] < 0.8 * means[0.0]
+    assert means[1e-1] < 0.8 * means[0.0]
 
 
 def test_the_dense_rival_trains_its_weights_as_long(tmp_path):
@@ -83,9 +83,8 @@ def test_the_dense_rival_trains_its_weights_as_long(tmp_path):
 
 
 def test_a_gate_without_a_scaled_norm_in_front_is_refused():
-    for order in ("conv-bn-relu-ss",):
-        with pytest.raises(ValueError, match="need one: do --order conv-bn-ss-relu"):
-            Slimming().values(subject(order=order))
+    with pytest.raises(ValueError, match="need one: do --order conv-bn-ss-relu"):
+        Slimming().values(subject(order="conv-bn-relu-ss"))
     net = add_gates(nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, affine=False)))
-    with pytest.raises(ValueError, match="got gate 1.gate without a norm that has scales"):
+    with pytest.raises(ValueError, match=r"got gate 1\.gate without a norm that has scales"):
         Slimming().values(Subject(net, DATA))

@@ -104,6 +104,6 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(whole, tmp_path,
     state = torch.load(folder / "arch_stage.pt", weights_only=True)
     assert state["stage"] == "arch_stage"
     assert state["step"] > 0  # stopped inside an epoch: nothing of it is lost
-    assert {"delta", "gate_price", "lr", "optimizer", "schedule", "place"} <= state.keys()
+    assert {"delta", "price", "lr", "optimizer", "schedule", "place"} <= state.keys()
     finish(folder)
     same(whole[0], folder)
