@@ -276,7 +276,7 @@ def _round(node: fx.Node, analysis: Analysis, keeps: Keeps) -> None:
 def _find_dead_branches(analysis: Analysis, keeps: Keeps) -> None:
     """Branches that add nothing and can be left out as a whole."""
     keeps.emptied, keeps.blocks, keeps.idle = {}, {}, set()
-    for end in keeps.scatters:
+    for end in (node for node in analysis.facts if node in keeps.scatters):
         if bool(keeps.mask(end).any()) or not bool(keeps.mask(next(iter(end.users))).any()):
             continue
         for name, idle, start in (*_dead_blocks(end, analysis), _dead_chain(end, analysis, keeps)):
