@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dnal_mini.graph.capture import replace_module, trace
 from dnal_mini.graph.ops import is_activation
@@ -87,22 +87,29 @@ def _gate_after_activation(net: nn.Module, sites: dict[str, nn.BatchNorm2d]) -> 
     """Insert each gate behind the activation that follows its BatchNorm, by rewriting the graph."""
     traced = trace(net)
     for node in list(traced.graph.nodes):
-        if node.op != "call_module" or node.target not in sites:
-            continue
-        users = list(node.users)
-        site = users[0] if len(users) == 1 and is_activation(users[0], traced) else node
-        name = f"{node.target}_gate"
-        if name in dict(traced.named_modules()):
-            raise ValueError(f"{node.target} is called twice; need one call per gated BatchNorm")
-        traced.add_submodule(name, _gate_like(sites[node.target]))
-        with traced.graph.inserting_after(site):
-            gate = traced.graph.call_module(name)
-        site.replace_all_uses_with(gate)
-        gate.args = (site,)
+        if node.op == "call_module" and node.target in sites:
+            put_behind_activation(traced, node, _gate_like(sites[node.target]))
     traced.recompile()
     if hasattr(net, "config"):  # how to rebuild the net: the pruner writes it into the spec
         traced.config = net.config
     return traced
+
+
+def put_behind_activation(traced: fx.GraphModule, norm: fx.Node, module: nn.Module) -> None:
+    """Insert a module behind the activation that alone follows a norm, else behind the norm.
+
+    Its name is the norm's with "_gate" behind it. The graph is to be recompiled afterwards.
+    """
+    users = list(norm.users)
+    site = users[0] if len(users) == 1 and is_activation(users[0], traced) else norm
+    name = f"{norm.target}_gate"
+    if name in dict(traced.named_modules()):
+        raise ValueError(f"{norm.target} is called twice; need one call per gated BatchNorm")
+    traced.add_submodule(name, module)
+    with traced.graph.inserting_after(site):
+        gate = traced.graph.call_module(name)
+    site.replace_all_uses_with(gate)
+    gate.args = (site,)
 
 
 def gates(net: nn.Module) -> dict[str, ScaledSigmoid]:

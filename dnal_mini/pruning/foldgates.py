@@ -23,7 +23,18 @@ def drop_gates(net: nn.Module, absorb: bool = False) -> nn.Module:
 
     Raises: ValueError, with ``absorb`` only, for a gate whose p fits into no layer.
     """
+    return drop_and_tell(net, absorb)[0]
+
+
+def drop_and_tell(net: nn.Module, absorb: bool = False) -> tuple[nn.Module, dict[str, dict]]:
+    """``drop_gates``, and what it put in that a net without gates lacks, by qualified name.
+
+    {"scatter" or "gather": a ChannelMap's source} behind a norm or in front of it, {"source",
+    "stride"} of one in the place of a gate, {"affine": true} for a norm that got gamma and beta.
+    """
     net = copy.deepcopy(net)
+    put_in: dict[str, dict[str, Any]] = {}
+    plain = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d) and not m.affine]
     graph, places = trace(net), Places(net)
     calls = [n for n in graph.graph.nodes if n.op == "call_module"]
     nodes = {str(n.target): n for n in calls}
@@ -42,8 +53,25 @@ def drop_gates(net: nn.Module, absorb: bool = False) -> nn.Module:
         else:
             node = next((nodes[name] for name in names if name in nodes), None)
             layer = _producer(node, graph, common, homogeneous=absorb)
-        places.replace(module, _without_gate(norm, layer, gain, names[0], behind))
-    return net
+        new = _without_gate(norm, layer, gain, names[0], behind)
+        places.replace(module, new)
+        if isinstance(new, nn.Sequential):
+            zeros: Any = new[int(behind)]
+            put_in[names[0]] = {"scatter" if behind else "gather": zeros.source.tolist()}
+        elif isinstance(new, ChannelMap):
+            put_in[names[0]] = {"source": new.source.tolist(), "stride": 1}
+    affine = [n for n, m in net.named_modules() if any(m is p for p in plain) and m.affine]
+    return net, put_in | {name: {"affine": True} for name in affine}
+
+
+def strip_gates(net: nn.Module) -> None:
+    """Take all SS layers out of a network, in place, whatever they do."""
+    places = Places(net)
+    for module in sorted(places.names, key=lambda module: isinstance(module, GatedNorm)):
+        if isinstance(module, GatedNorm):
+            places.replace(module, module.norm)
+        elif isinstance(module, ScaledSigmoid):
+            places.replace(module, nn.Identity())
 
 
 def _without_gate(
@@ -111,10 +139,16 @@ def _producer(
 @torch.no_grad()
 def _scale(layer: Any, gain: Tensor) -> None:
     """Multiply a layer's output channels by a factor each, in place."""
-    if isinstance(layer, nn.BatchNorm2d) and not layer.affine:
-        layer.affine = True
-        layer.weight = nn.Parameter(torch.ones_like(gain))
-        layer.bias = nn.Parameter(torch.zeros_like(gain))
+    if isinstance(layer, nn.BatchNorm2d):
+        make_affine(layer, gain)
     layer.weight.mul_(gain.reshape(-1, *[1] * (layer.weight.dim() - 1)))
     if layer.bias is not None:
         layer.bias.mul_(gain)
+
+
+def make_affine(norm: Any, like: Tensor) -> None:
+    """Give a norm that has none gamma = 1 and beta = 0, with the dtype of ``like``, in place."""
+    if not norm.affine:
+        norm.affine = True
+        norm.weight = nn.Parameter(like.new_ones(norm.num_features))
+        norm.bias = nn.Parameter(like.new_zeros(norm.num_features))

@@ -1,30 +1,41 @@
 """Pruned networks as files: tensors and a JSON spec in one safetensors file. No pickle.
 
-``save`` writes what ``prune`` returned, ``load`` cuts a freshly built network by the spec and
-fills in the tensors. Loading runs no code from the file.
+``save`` writes what ``prune`` returned, ``load`` cuts a freshly built network by the spec, fills
+in the tensors, and asks it what the saved one was asked: see ``probe``. Loading runs no code from
+the file.
 """
 
+import copy
 import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dnal_mini.graph.capture import evaluating
+from dnal_mini.gating import put_behind_activation
+from dnal_mini.graph.capture import evaluating, trace
+from dnal_mini.pruning.foldgates import strip_gates
+from dnal_mini.pruning.oldformats import in_format_3
 from dnal_mini.pruning.plan import Report
-from dnal_mini.pruning.pruner import FORMAT, Pruned
+from dnal_mini.pruning.pruner import FORMAT, Pruned, outputs
 from dnal_mini.pruning.surgery import operate
 
-PARTS = {"format", "config", "image_shape", "modules", "report", "certificate"}  # of a spec
+PARTS = {"config", "image_shape", "modules", "report", "certificate"}  # of a spec of any format
+
+
+ANSWERS = 24  # numbers of each output tensor that a probe notes, spread evenly over it
+
+
+TOLERANCE = 1e-5  # relative; a net of float64 may be loaded in float32
 
 
 def save(small: Pruned, path: str | os.PathLike) -> None:
-    """Write tensors and spec as one safetensors file; no pickle. The file appears whole or not.
+    """Write tensors, spec and probe as one safetensors file. The file appears whole or not.
 
     Example:
         >>> small = dnal.prune(dnal.models.vgg16(width=0.125).eval())
@@ -37,8 +48,11 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
     from safetensors.torch import save_file
 
     path = Path(path)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in small.module.state_dict().items()}
-    text = json.dumps(small.spec, sort_keys=True)
+    state = small.module.state_dict()
+    whole = torch.contiguous_format  # a tensor of its own for each name: some share their numbers
+    tensors = {k: v.detach().cpu().clone(memory_format=whole) for k, v in state.items()}
+    told = {"seed": 0, "outputs": probe(small.module, small.spec["image_shape"], seed=0)}
+    text = json.dumps(small.spec | {"probe": told}, sort_keys=True)
     metadata = {"dnal_mini": text, "sha256": _digest(text, tensors)}
     part = path.with_name(path.name + ".part")
     save_file(tensors, part, metadata=metadata)
@@ -48,19 +62,41 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
 def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
     """Rebuild a saved network: ``build`` makes the full one, the spec in the file cuts it.
 
-    ``build`` is called with the keyword arguments stored in the file as far as it takes them.
+    ``build`` is called with the keyword arguments stored in the file as far as it takes them, and
+    gives the net without gates (gates in it are taken out). A net with gates behind its
+    activations was a ``torch.fx.GraphModule``; so is what comes back.
 
-    Raises: FileNotFoundError; ValueError for a file that is cut short, edited, of another format,
-    or made of another architecture than ``build`` gives.
+    Raises: FileNotFoundError; ValueError for a file that is cut short, edited, of a later format,
+    made of another architecture than ``build`` gives, or whose outputs come out differently.
     Example:
         >>> dnal.save(dnal.prune(dnal.models.vgg16(width=0.125).eval()), "net.safetensors")
         >>> small = dnal.load("net.safetensors", build=dnal.models.vgg16)
         >>> print(dnal.cost(small.module))
         236.56 k parameters, 5.09 M MACs, 0.0655 MB of activations at the peak
     """
+    path = Path(path)
+    spec, tensors = _contents(path)
+    module = _sites(build(**_arguments(build, spec["config"] or {})), spec)
+    spec = in_format_3(spec, module)
+    asked = spec.pop("probe", None)
+    operate(module, spec)
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"got {path} of another net than build() gives ({reason})") from error
+    _ask(module, spec["image_shape"], asked, path)
+    return Pruned(module, spec, Report(**spec["report"]), spec["certificate"]["absolute"])
+
+
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Spec and tensors of a file.
+
+    Raises: FileNotFoundError; ValueError for a file that ``save`` of this version or an older one
+    did not write, or that is not what was written.
+    """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"got {path}, which is not there; need a file that save() wrote")
     try:
@@ -75,53 +111,70 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
     if metadata.get("sha256") != _digest(text, tensors):
         raise ValueError(f"got {path}, edited since it was saved (checksum differs); save it again")
     spec = json.loads(text)
-    if missing := sorted(PARTS - set(spec)):
+    if (version := spec.get("format")) not in range(1, FORMAT + 1):
+        raise ValueError(
+            f"got {path} of format {version}; need 1 to {FORMAT}; install a later dnal-mini"
+        )
+    parts = PARTS | ({"keep", "probe"} if version == FORMAT else set())
+    if missing := sorted(parts - set(spec)):
         raise ValueError(f"got {path} whose spec lacks {', '.join(missing)}; save it again")
-    module = build(**_arguments(build, spec["config"] or {}))
-    spec = _of_this_format(spec, module, path)
-    operate(module, spec["modules"])
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"got {path} of another net than build() gives ({reason})") from error
-    _run_once(module, spec["image_shape"], path)
-    report, certificate = Report(**spec["report"]), spec["certificate"]["absolute"]
-    return Pruned(module, spec, report, certificate)
+    return spec, tensors
 
 
-@torch.no_grad()
-def _run_once(net: nn.Module, image_shape: list[int], path: Path) -> None:
-    """Raises: ValueError if the rebuilt network does not take an image: its spec is wrong."""
-    like = next(net.parameters())
+def _sites(net: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    """The net without gates, with a place for all modules of a spec that only a graph can hold."""
+    strip_gates(net)
+    if spec.get("builder") != "GraphModule" or isinstance(net, fx.GraphModule):
+        return net
+    with evaluating(net):
+        traced = trace(net)
+    for node in list(traced.graph.nodes):
+        if node.op == "call_module" and f"{node.target}_gate" in spec["modules"]:
+            put_behind_activation(traced, node, nn.Identity())
+    traced.recompile()
+    traced.training = net.training
+    return traced
+
+
+def probe(net: nn.Module, image_shape: Sequence[int], seed: int) -> list[dict[str, Any]]:
+    """What a net answers to two images drawn from a seed: a note on each output tensor.
+
+    Shape, largest size, and ``ANSWERS`` of its numbers. Computed in eval mode on the CPU and in
+    float64, whatever the net is in: in float32 machines differ by more than ``TOLERANCE``.
+    """
+    exact = copy.deepcopy(net).cpu().double()
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.rand(2, *image_shape, generator=draw).double() * 2 - 1
+    with torch.no_grad():
+        found = outputs(exact, images)
+    return [
+        {
+            "shape": list(tensor.shape),
+            "largest": float(tensor.abs().amax()) if tensor.numel() else 0.0,
+            "numbers": tensor.flatten()[:: -(-tensor.numel() // ANSWERS) or 1].tolist(),
+        }
+        for tensor in (tensor.nan_to_num() for tensor in found)
+    ]
+
+
+def _ask(net: nn.Module, image_shape: list[int], asked: dict[str, Any] | None, path: Path) -> None:
+    """Raises: ValueError if the rebuilt network does not answer what the saved one did."""
     try:
-        with evaluating(net):
-            net(torch.zeros(1, *image_shape).to(like))
+        found = probe(net, image_shape, asked["seed"] if asked else 0)
     except (RuntimeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"got {path} whose net cannot run ({reason}); save it again") from error
-
-
-def _of_this_format(spec: dict[str, Any], net: nn.Module, path: Path) -> dict[str, Any]:
-    """The spec as this version writes it.
-
-    Raises: ValueError for a file of a later version, with what to do.
-    """
-    version = spec.get("format")
-    if version not in (1, FORMAT):
+    expected = asked["outputs"] if asked else found
+    apart = 0.0 if len(found) == len(expected) else 1.0
+    for a, b in zip(expected, found, strict=False):
+        pairs = zip(a["numbers"], b["numbers"], strict=False)
+        largest = max((abs(x - y) for x, y in pairs), default=0.0)
+        apart = max(apart, largest / (a["largest"] or 1.0), float(a["shape"] != b["shape"]))
+    if not apart <= TOLERANCE:
         raise ValueError(
-            f"got {path} of format {version}; this version reads 1 to {FORMAT}: install the "
-            "version of dnal-mini that wrote it, or a later one"
+            f"got {path} whose outputs are {apart:.1e} of the largest from those that were saved; "
+            "need the build() that was pruned; compare its arguments and its forward"
         )
-    if version == FORMAT:
-        return spec
-    modules = {name: dict(entry) for name, entry in spec["modules"].items()}
-    grouped = {n for n, m in net.named_modules() if getattr(m, "groups", 1) > 1}
-    for name in grouped & set(modules):  # a depthwise layer was cut by its outputs alone
-        if out := modules[name].get("out"):
-            modules[name] |= {"in": out, "groups": len(out)}
-    certificate = {"absolute": spec["certificate"]}
-    return spec | {"format": FORMAT, "modules": modules, "certificate": certificate}
 
 
 def _arguments(build: Callable, config: dict[str, Any]) -> dict[str, Any]:

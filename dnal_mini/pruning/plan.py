@@ -4,11 +4,10 @@ Read ``plan`` first; ``surgery.operate`` carries it out. The report says what wa
 more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from dnal_mini.graph.ops import in_place
@@ -25,7 +24,7 @@ from dnal_mini.pruning.facts import (
     Analysis,
     Keeps,
 )
-from dnal_mini.pruning.surgery import Numbers
+from dnal_mini.pruning.surgery import Numbers, tables_of
 from dnal_mini.pruning.weights import WEIGHTS, constant_part
 
 FATES = {
@@ -67,17 +66,25 @@ class Report:
         return "\n".join([*lines, *(f"wall: {wall}" for wall in self.walls), *self.notes])
 
 
-def plan(analysis: Analysis, keeps: Keeps) -> tuple[dict[str, dict], dict[str, Numbers], Report]:
-    """What happens to every submodule that changes, as JSON-able entries; numbers; the report.
+Tables = dict[str, dict[str, Any]]
 
-    Entries by qualified name: {"out", "in"} (positions of the full layer, in their new order),
-    {"columns"} (each of "in" stands for so many columns), {"groups"}, {"bias": true} (gets one),
-    {"gather", "scatter"} (a ChannelMap in front, behind), {"source"} for a ChannelMap, {"zeros",
-    "stride"} for the end of a branch that is gone, {"gone"} for the rest of such a branch, {"of"}
-    where the parameters are of a layer that is called as a function.
+
+def plan(
+    analysis: Analysis, keeps: Keeps, put_in: Mapping[str, dict[str, Any]] | None = None
+) -> tuple[dict[str, Tables], dict[str, Numbers], Report]:
+    """What happens to every tensor and submodule that changes, JSON-able; numbers; the report.
+
+    "keep": by parameter or buffer, axis by axis the indices that stay, in their new order.
+    "modules": what no index says, by submodule: {"inputs"} (positions of a grouped convolution's
+    full input), {"bias": true} (gets one), {"gather", "scatter"} (a ChannelMap in front, behind),
+    {"source", "stride"} (a ChannelMap in its place), {"gone"} (nothing in its place),
+    {"num_features"}, {"affine": true}. All names are those of the net without gates, where a
+    module NAME_gate that it lacks stands behind the activation that follows NAME: ``put_in`` is
+    what ``drop_and_tell`` tells.
     """
     report = Report(notes=list(keeps.notes))
-    modules: dict[str, dict] = {}
+    keep: Tables = {}
+    modules: Tables = {}
     numbers: dict[str, Numbers] = {}
     for end, stride in keeps.emptied.items():
         modules |= _dead_branch(end, stride, analysis, keeps)
@@ -88,28 +95,48 @@ def plan(analysis: Analysis, keeps: Keeps) -> tuple[dict[str, dict], dict[str, N
             continue
         if node in analysis.walls or node not in keeps.outside:
             continue
-        entry, folded = _entry(node, analysis, keeps)
+        tensors, entry, folded = _entry(node, analysis, keeps)
         if folded is not None and bool(folded.shift.any()):
+            folded.shift = folded.shift[keeps.outside[node]]
             numbers[name] = folded
             where = f"the running mean of {folded.norm}" if folded.norm else f"the bias of {name}"
             report.notes.append(f"constants folded: into {where}")
             if analysis.module(node).bias is None and not folded.norm:
                 entry["bias"] = True
+        keep |= tensors
         if entry:
-            modules[name] = entry | ({"of": analysis.bare[name]} if name in analysis.bare else {})
+            modules[name] = entry
+    _add_put_in(put_in or {}, keep, modules)
     rows = (n for n in analysis.facts if analysis.facts[n].kind in WEIGHTS)
     report.layers = [_report_row(node, analysis, keeps) for node in rows]
     report.walls = list(_walls(analysis, keeps))
     report.notes += [note for note in (analysis.graph.meta.get("left_out"),) if note]
-    return modules, numbers, report
+    return {"keep": keep, "modules": modules}, numbers, report
 
 
-def _dead_branch(
-    end: fx.Node, stride: int, analysis: Analysis, keeps: Keeps
-) -> dict[str, dict[str, Any]]:
+def _add_put_in(put_in: Mapping[str, dict[str, Any]], keep: Tables, modules: Tables) -> None:
+    """Say what dropping gates has put in, and call a norm beside a ChannelMap by its own name."""
+    gone = tuple(f"{name}." for name, entry in modules.items() if "source" in entry)
+    for name, entry in put_in.items():
+        role = next(iter(entry))
+        if name.startswith(gone) or (name in modules and role != "affine"):
+            continue
+        if role in ("gather", "scatter"):
+            place = int(role == "scatter")  # of the ChannelMap in its nn.Sequential
+            of_map, of_norm = (modules.pop(f"{name}.{k}", {}) for k in (place, 1 - place))
+            prefix = f"{name}.{1 - place}."
+            for tensor in [tensor for tensor in keep if tensor.startswith(prefix)]:
+                keep[f"{name}.{tensor.removeprefix(prefix)}"] = keep.pop(tensor)
+            there = {} if "gone" in of_map else {role: of_map.get("source", entry[role])}
+            modules[name] = of_norm | there
+        else:
+            modules[name] = entry | modules.get(name, {})
+
+
+def _dead_branch(end: fx.Node, stride: int, analysis: Analysis, keeps: Keeps) -> Tables:
     """Entries for a branch that adds nothing: its end emits zeros, what can go goes."""
     (user,) = end.users
-    zeros = {"zeros": int(keeps.mask(user).sum()), "stride": stride}
+    zeros = {"source": [-1] * int(keeps.mask(user).sum()), "stride": stride}
     if end in keeps.blocks:
         return {keeps.blocks[end]: zeros}
     chain = [end]
@@ -117,46 +144,44 @@ def _dead_branch(
         chain.append(chain[-1].all_input_nodes[0])
     removed = [n for n in chain[1:] if n.op == "call_module"]
     removed = [n for n in removed if str(n.target) not in analysis.shared]
-    entries: dict[str, dict[str, Any]] = {str(n.target): {"gone": True} for n in removed}
-    if any(n not in removed and in_place(n, analysis.graph) for n in chain[1:]):
-        entries[str(removed[-1].target)] = {"zeros": 1, "stride": 1}  # must not overwrite the trunk
+    entries: Tables = {str(n.target): {"gone": True} for n in removed}
+    if any(n not in removed and in_place(n, analysis.graph) for n in chain[1:]):  # would overwrite
+        entries[str(removed[-1].target)] = {"source": [-1], "stride": 1}  # what enters the branch
     entries[str(end.target)] = zeros
     return entries
 
 
 def _entry(
     node: fx.Node, analysis: Analysis, keeps: Keeps
-) -> tuple[dict[str, Any], Numbers | None]:
-    """What the surgery does to one submodule; empty if nothing. Constants that it folds."""
-    facts, module = analysis.facts[node], analysis.module(node)
+) -> tuple[Tables, dict[str, Any], Numbers | None]:
+    """What stays of one submodule's tensors, its entry, and the constants that it folds."""
+    facts, module, name = analysis.facts[node], analysis.module(node), str(node.target)
     entry: dict[str, Any] = {}
-    folded = None
-    out = keeps.outside[node].tolist()
+    out = inputs = folded = None
+    lying = keeps.outside[node].tolist()
     if facts.kind == "map":
         source = keeps.inside[node].tolist()
-        return ({} if source == module.source.tolist() else {"source": source}), None
-    if facts.kind not in (*WEIGHTS, "norm", "scale"):
-        if node not in keeps.scatters:
-            return {}, None
-    elif facts.inputs is not None or facts.kind in WEIGHTS:
-        if out != list(range(len(facts.state))):
-            entry["out"] = out
+        same = source == module.source.tolist()
+        return {}, {} if same else {"source": source, "stride": module.stride}, None
+    if facts.kind in WEIGHTS or (facts.kind in ("norm", "scale") and facts.inputs is not None):
+        out = lying if lying != list(range(len(facts.state))) else None
         if facts.kind in WEIGHTS and facts.inputs is not None:
-            folded = _inputs(node, entry, analysis, keeps)
+            inputs, folded = _inputs(node, entry, analysis, keeps)
+    keep, of_groups = tables_of(name, module, out, inputs, analysis.bare.get(name))
     if node in keeps.scatters:
         (user,) = node.users
         (at,) = (at for source, at in analysis.facts[user].sources if source is node)
         target = at[keeps.mask(user)].tolist()
-        if target != out:
-            places = {channel: place for place, channel in enumerate(out)}
+        if target != lying:
+            places = {channel: place for place, channel in enumerate(lying)}
             entry["scatter"] = [places.get(channel, -1) for channel in target]
-    return entry, folded
+    return keep, entry | of_groups, folded
 
 
 def _inputs(
     node: fx.Node, entry: dict[str, Any], analysis: Analysis, keeps: Keeps
-) -> Numbers | None:
-    """Fill in which inputs a layer keeps, and how it gets at them; returns constants to fold."""
+) -> tuple[list[int] | None, Numbers | None]:
+    """Input positions that a layer keeps, None for all; constants. A gather goes into ``entry``."""
     facts, module = analysis.facts[node], analysis.module(node)
     assert facts.inputs is not None
     x = analysis.facts[node.all_input_nodes[0]]
@@ -170,23 +195,12 @@ def _inputs(
         used = given  # several columns for a channel: a gather would cost more than it saves
     else:
         used = given[_at_least_one(reads, keeps.round_to)]
-    positions = len(facts.inputs)
-    if used.tolist() != list(range(positions)):
-        entry["in"] = used.tolist()
-        columns = positions // len(facts.inputs.unique())
-        blocks = used.reshape(-1, columns) if len(used) % columns == 0 else used[:, None]
-        first = blocks[:, 0] // columns
-        regular = first[:, None] * columns + torch.arange(columns)
-        if columns > 1 and torch.equal(regular, blocks):
-            entry |= {"in": first.tolist(), "columns": columns}
-    if groups > 1 and "in" in entry:
-        entry["groups"] = len((used // (positions // groups)).unique())
-        entry.setdefault("out", list(range(len(facts.state))))
+    inputs = None if used.tolist() == list(range(len(facts.inputs))) else used.tolist()
     if len(used) != len(given):
         places = {position: place for place, position in enumerate(given.tolist())}
         entry["gather"] = [places[position] for position in used.tolist()]
     if groups > 1:
-        return None
+        return inputs, None
     constant = folds(node, analysis)
     silent = constant[used] & ~x.needed[facts.inputs[used]]
     constant[used] = silent
@@ -195,7 +209,7 @@ def _inputs(
     if len(node.users) == 1 and (reader := next(iter(node.users))) in analysis.facts:
         own = str(reader.target) not in analysis.shared
         norm = str(reader.target) if own and analysis.facts[reader].kind == "norm" else ""
-    return Numbers(shift, silent.nonzero()[:, 0].tolist(), norm)
+    return inputs, Numbers(shift, silent.nonzero()[:, 0].tolist(), norm)
 
 
 def _axis(node: fx.Node, analysis: Analysis) -> int:

@@ -20,7 +20,7 @@ from dnal_mini.gating import gates, set_gates
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.measure.cost import cost
 from dnal_mini.pruning.analysis import analyse
-from dnal_mini.pruning.foldgates import drop_gates
+from dnal_mini.pruning.foldgates import drop_and_tell
 from dnal_mini.pruning.keepsets import settle
 from dnal_mini.pruning.plan import Report, plan
 from dnal_mini.pruning.surgery import operate, write_numbers
@@ -28,7 +28,7 @@ from dnal_mini.pruning.surgery import operate, write_numbers
 Residual = Literal["scatter", "tie"]
 
 
-FORMAT = 2
+FORMAT = 3
 
 
 TOLERANCE = 1e-8  # largest relative difference (float64) between gated and pruned output
@@ -99,7 +99,7 @@ def prune(
     _check_gates(net, absorb, max_gap)
     _check_numbers(net)
     exact = _decided(net, absorb)
-    small, modules, report = cut_net(exact, image_shape, residual, min_channels, round_to, absorb)
+    small, tables, report = cut_net(exact, image_shape, residual, min_channels, round_to, absorb)
     absolute, relative = _difference(exact, small, image_shape)
     if not relative <= TOLERANCE:
         raise ValueError(f"got outputs that differ by {relative:.1e} of the largest; need 1e-8")
@@ -110,7 +110,7 @@ def prune(
         "config": getattr(net, "config", None),
         "image_shape": list(image_shape),
         "residual": residual,
-        "modules": modules,
+        **tables,
         "certificate": {
             "absolute": absolute,
             "relative": relative,
@@ -130,14 +130,17 @@ def cut_net(
     round_to: int = 1,
     absorb: bool = False,
 ) -> tuple[nn.Module, dict[str, dict], Report]:
-    """``prune`` without the papers: the smaller copy of a net whose gates are decided, its spec."""
-    small = drop_gates(exact, absorb)
+    """``prune`` without the papers: the smaller copy of a net whose gates are decided.
+
+    Also "keep" and "modules" of its spec, and the report.
+    """
+    small, put_in = drop_and_tell(exact, absorb)
     analysis = analyse(small, image_shape)
     keeps = settle(analysis, residual, min_channels, round_to)
-    modules, numbers, report = plan(analysis, keeps)
-    operate(small, modules)
-    write_numbers(small, modules, numbers)
-    return small, modules, report
+    tables, numbers, report = plan(analysis, keeps, put_in)
+    operate(small, tables)
+    write_numbers(small, numbers)
+    return small, tables, report
 
 
 def _cost(net: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
@@ -226,13 +229,13 @@ def _difference(
     like = next(full.parameters(), torch.zeros(()))
     draw = torch.Generator().manual_seed(seed)
     images = torch.randn(batch, *image_shape, generator=draw, dtype=torch.float64).to(like)
-    expected, found = (_outputs(net, images) for net in (full, cut))
+    expected, found = (outputs(net, images) for net in (full, cut))
     pairs = list(zip(expected, found, strict=True))
     absolute = max(float((a - b).abs().max()) for a, b in pairs)
     return absolute, absolute / max(*(float(a.abs().max()) for a, _ in pairs), 1e-300)
 
 
-def _outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
+def outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
     """All tensors that a net returns, in float64, run in eval mode."""
     with evaluating(net):
         output = net(images.clone())

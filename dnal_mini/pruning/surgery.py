@@ -1,15 +1,19 @@
-"""Replace submodules by smaller ones, as a plan says. The forward code stays as it is."""
+"""Make tensors smaller and replace submodules, as a spec says. The forward code stays as it is."""
 
-import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from dnal_mini.graph.ops import TRANSPOSED
+from dnal_mini.graph.ops import CONVS, TRANSPOSED
 from dnal_mini.layers.channelmap import ChannelMap
-from dnal_mini.pruning.foldgates import Places
+from dnal_mini.pruning.foldgates import Places, make_affine
+
+UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass
@@ -19,134 +23,136 @@ class Numbers:
     A BatchNorm behind the layer takes them instead, in its running mean: no new parameter.
     """
 
-    shift: Tensor  # (outputs of the full layer,), float64
+    shift: Tensor  # (outputs of the small layer,), float64
     silent: list[int]  # places of the small layer's inputs that the shift stands for
     norm: str = ""  # name of the BatchNorm that takes the shift
 
 
-def operate(net: nn.Module, modules: dict[str, dict]) -> None:
-    """Replace submodules by smaller ones as the entries of ``plan`` say, in place.
+def tables_of(
+    name: str,
+    layer: Any,
+    out: list[int] | None = None,
+    inputs: list[int] | None = None,
+    tensors: Mapping[str, str] | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What stays of a layer as a spec says it: its part of "keep", its entry in "modules".
+
+    ``out``, ``inputs``: its channels and the positions of its full input that stay, in their new
+    order, None for all. ``tensors``: their qualified names by role, where they are not its own.
+    """
+    own = chain(layer.named_parameters(), layer.named_buffers())
+    tensors = tensors or {role: f"{name}.{role}" for role, tensor in own if tensor.dim()}
+    keep: dict[str, dict[str, Any]] = {}
+    entry: dict[str, Any] = {}
+    if inputs is not None and getattr(layer, "groups", 1) > 1:
+        entry["inputs"], inputs = inputs, None
+    if out is not None and not tensors:
+        entry["num_features"] = len(out)
+    for role, tensor in tensors.items():
+        turned = role == "weight" and isinstance(layer, TRANSPOSED)
+        axes = {str(int(turned)): out, str(int(not turned)): inputs if role == "weight" else None}
+        if stays := {axis: index for axis, index in axes.items() if index is not None}:
+            keep[tensor] = stays
+    return keep, entry
+
+
+def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
+    """Cut a network as ``spec["keep"]`` and ``spec["modules"]`` of ``plan`` say, in place.
 
     Raises: ValueError if an entry does not fit the network: it belongs to another architecture.
     """
-    places = Places(net)
-    for name, entry in modules.items():
-        try:
-            if "of" in entry:
-                _cut_parameters(net, entry)
-                continue
+    name, modules = "", spec["modules"]
+    tensors = chain(net.parameters(), net.buffers())
+    like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+    try:
+        for name, entry in modules.items():
+            _prepare(_core(net.get_submodule(name)), entry, like)
+        for name, axes in spec["keep"].items():
+            _keep(net, name, axes)
+        places = Places(net)
+        for name, entry in modules.items():
             module = net.get_submodule(name)
-            places.replace(module, _smaller(module, entry))
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"got a spec whose layer {name!r} does not fit this {type(net).__name__} "
-                f"({error}); need the architecture and widths it was made of"
-            ) from error
+            places.replace(module, _replacement(module, entry, like.device))
+    except UNFIT as error:
+        raise ValueError(
+            f"got a spec whose {name!r} does not fit this {type(net).__name__} "
+            f"({error}); need the architecture and widths it was made of"
+        ) from error
 
 
-def _cut_parameters(net: nn.Module, entry: dict[str, Any]) -> None:
-    """Make the parameters of a layer smaller that forward calls as a function, in place."""
-    for role, name in entry["of"].items():
-        parent, _, last = name.rpartition(".")
-        owner = net.get_submodule(parent)
-        tensor = small = getattr(owner, last)
-        if "in" in entry and role == "weight":
-            columns = entry.get("columns", 1)
-            keep = torch.tensor(entry["in"])[:, None] * columns + torch.arange(columns)
-            small = small.detach().index_select(1, keep.flatten().to(tensor.device))
-        if "out" in entry:
-            small = small.detach().index_select(0, torch.tensor(entry["out"]).to(tensor.device))
-        is_weight = isinstance(tensor, nn.Parameter)
-        new = nn.Parameter(small.clone(), tensor.requires_grad) if is_weight else small.clone()
-        setattr(owner, last, new)
+def _prepare(layer: Any, entry: Mapping[str, Any], like: Tensor) -> None:
+    """What cutting tensors along an axis cannot do: new ones, unequal picks of groups; in place."""
+    if "affine" in entry:
+        make_affine(layer, like)
+    if "num_features" in entry:
+        layer.num_features = int(entry["num_features"])
+    if "inputs" in entry:  # each output row reads the inputs of its own group
+        weight, keep = layer.weight.detach(), torch.tensor(entry["inputs"])
+        width, height = weight.shape[1], len(weight) // layer.groups
+        groups = len((keep // width).unique())
+        rows = keep.reshape(groups, -1)
+        new = weight.new_zeros(len(weight), rows.shape[1], *weight.shape[2:])
+        for row in rows:
+            of_group = slice(int(row[0]) // width * height, (int(row[0]) // width + 1) * height)
+            new[of_group] = weight[of_group].index_select(1, (row % width).to(weight.device))
+        layer.weight = nn.Parameter(new, layer.weight.requires_grad)
+        layer.groups, layer.in_channels = groups, len(keep)
 
 
-def _smaller(module: Any, entry: dict[str, Any]) -> nn.Module:
-    """The replacement of one submodule."""
-    if "gone" in entry:
-        return nn.Identity()
-    tensors = [*module.parameters(), *module.buffers()]
-    device = tensors[0].device if tensors else None
-    if "zeros" in entry:
-        return ChannelMap([-1] * entry["zeros"], entry["stride"]).to(device)
+def _keep(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -> None:
+    """Keep the given indices of the given axes of a parameter or buffer, in place."""
+    parent, _, last = name.rpartition(".")
+    owner: Any = net.get_submodule(parent)
+    owner = owner if hasattr(owner, last) else _core(owner)
+    tensor = small = getattr(owner, last)
+    for axis, index in axes.items():
+        small = small.detach().index_select(int(axis), torch.tensor(index, device=tensor.device))
+    is_weight = isinstance(tensor, nn.Parameter)
+    setattr(owner, last, nn.Parameter(small, tensor.requires_grad) if is_weight else small)
+    kind = type(owner)  # the sizes that it states follow
+    if isinstance(owner, _NormBase):
+        owner.num_features = len(small)
+    elif kind is nn.PReLU:
+        owner.num_parameters = len(small)
+    elif last == "weight" and kind is nn.Linear:
+        owner.out_features, owner.in_features = small.shape
+    elif last == "weight" and kind in CONVS:
+        owner.out_channels, owner.in_channels = len(small), small.shape[1] * owner.groups
+    elif last == "weight" and kind in TRANSPOSED:
+        owner.in_channels, owner.out_channels = small.shape[:2]
+
+
+def _replacement(module: Any, entry: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """What stands in the place of a submodule: itself, a ChannelMap, both, or nothing."""
     if "source" in entry:
-        return ChannelMap(entry["source"], module.stride).to(device)
-    small = copy.deepcopy(module)
-    if "in" in entry:
-        _cut_inputs(small, entry)
-    if "out" in entry:
-        _cut_outputs(small, entry["out"], entry.get("groups"))
+        return ChannelMap(entry["source"], entry["stride"]).to(device)
+    layer: Any = nn.Identity() if "gone" in entry else _core(module)
     if "bias" in entry:
-        count = small.out_features if isinstance(small, nn.Linear) else small.out_channels
-        small.bias = nn.Parameter(small.weight.new_zeros(count))
-    parts = [small]
+        count = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        layer.bias = nn.Parameter(layer.weight.new_zeros(count))
+    parts: list[nn.Module] = [layer]
     if "gather" in entry:
         parts.insert(0, ChannelMap(entry["gather"]).to(device))
     if "scatter" in entry:
         parts.append(ChannelMap(entry["scatter"]).to(device))
-    return small if len(parts) == 1 else nn.Sequential(*parts)
-
-
-def _cut_inputs(layer: Any, entry: dict[str, Any]) -> None:
-    """Keep some input positions of a layer with weights, in place."""
-    keep = torch.tensor(entry["in"])
-    if columns := entry.get("columns"):
-        keep = (keep[:, None] * columns + torch.arange(columns)).flatten()
-    axis = 0 if isinstance(layer, TRANSPOSED) else 1
-    groups = getattr(layer, "groups", 1)
-    if groups > 1:  # each output row reads the inputs of its own group
-        weight = layer.weight.detach()
-        width, height = weight.shape[1], len(weight) // groups
-        rows = keep.reshape(entry["groups"], -1)
-        group_of = {int(row[0]) // width: row % width for row in rows}
-        new = weight.new_zeros(len(weight), rows.shape[1], *weight.shape[2:])
-        for o in range(len(weight)):
-            if o // height in group_of:
-                new[o] = weight[o].index_select(0, group_of[o // height].to(weight.device))
-    else:
-        new = layer.weight.detach().index_select(axis, keep.to(layer.weight.device)).clone()
-    layer.weight = nn.Parameter(new, layer.weight.requires_grad)
-    size = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
-    setattr(layer, size, len(keep))
-
-
-SIZES = {"out_channels", "out_features", "num_features", "num_parameters"}
-
-
-def _cut_outputs(layer: Any, keep: list[int], groups: int | None) -> None:
-    """Keep some output channels of a layer, or channels of a norm, in place."""
-    index = torch.tensor(keep)
-    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
-        axis = 1 if isinstance(layer, TRANSPOSED) and name == "weight" else 0
-        if tensor.dim() <= axis:  # the number of batches seen
-            continue
-        small = tensor.detach().index_select(axis, index.to(tensor.device)).clone()
-        is_weight = isinstance(tensor, nn.Parameter)
-        setattr(layer, name, nn.Parameter(small, tensor.requires_grad) if is_weight else small)
-    for size in SIZES & set(vars(layer)):
-        setattr(layer, size, len(index))
-    if groups:
-        layer.groups = groups
+    return layer if len(parts) == 1 else nn.Sequential(*parts)
 
 
 @torch.no_grad()
-def write_numbers(net: nn.Module, modules: dict[str, dict], numbers: dict[str, Numbers]) -> None:
+def write_numbers(net: nn.Module, numbers: Mapping[str, Numbers]) -> None:
     """Add folded constants to biases or running means; silence inputs that they stand for."""
     for name, new in numbers.items():
         layer = _core(net.get_submodule(name))
         layer.weight[:, new.silent] = 0
-        shift = new.shift
-        if "out" in modules.get(name, {}):
-            shift = shift[modules[name]["out"]]
         norm = _core(net.get_submodule(new.norm)) if new.norm else None
         if norm is None:
-            layer.bias += shift.to(layer.bias)
+            layer.bias += new.shift.to(layer.bias)
         elif norm.running_mean is not None:
-            norm.running_mean -= shift.to(norm.running_mean)
+            norm.running_mean -= new.shift.to(norm.running_mean)
 
 
 def _core(module: Any) -> Any:
-    """The layer itself where the surgery has put a ChannelMap in front of it or behind."""
+    """The layer itself where a ChannelMap stands in front of it or behind."""
     if not isinstance(module, nn.Sequential):
         return module
-    return next(part for part in module if not isinstance(part, ChannelMap))
+    return next((part for part in module if not isinstance(part, ChannelMap)), module)

@@ -84,6 +84,7 @@ def test_all_gates_open_keeps_the_net(name):
     assert cost(small.module, SHAPE) == cost(plain, SHAPE)
     assert type(small.module) is type(plain)
     assert small.module.state_dict().keys() == plain.state_dict().keys()
+    assert not small.spec["keep"]
     assert not small.spec["modules"]
 
 

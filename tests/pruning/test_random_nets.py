@@ -5,6 +5,7 @@ into FIXED.
 """
 
 import copy
+import tempfile
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -136,6 +137,8 @@ def check(steps: list[Step], seed: int, residuals: Sequence[str] = RESIDUALS) ->
         except Exception as error:
             raise Broken(f"raises with {residual}: {type(error).__name__}: {error}") from error
         judge(net, small, expected, images, dense, residual)
+        if residual == residuals[0]:
+            reopen(steps, small, images)
     state = net.state_dict()
     if not all(torch.equal(state[name], value) for name, value in before.items()):
         raise Broken("touched: the argument is not what it was")
@@ -169,6 +172,23 @@ def judge(
     expected, got = leaves(net, images, train=True), leaves(small.module, images, train=True)
     if not (difference := largest_difference(expected, got)) <= 1e-5:
         raise Broken(f"trains otherwise with {residual}: {difference:.1e} in training mode")
+
+
+def reopen(steps: list[Step], small: dnal.Pruned, images: Tensor) -> None:
+    """What must hold of its file: a net that never had gates becomes the pruned one."""
+    dtype = next((p.dtype for p in small.module.parameters()), torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            dnal.save(small, f"{folder}/net")
+            back = dnal.load(f"{folder}/net", lambda: build(steps).to(dtype)).module
+        except Exception as error:
+            raise Broken(f"file: {type(error).__name__}: {error}") from error
+    if list(back.state_dict()) != list(small.module.state_dict()):
+        raise Broken(f"file: {list(back.state_dict())} for {list(small.module.state_dict())}")
+    for train in (False, True):
+        pairs = zip(leaves(small.module, images, train), leaves(back, images, train), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise Broken(f"file: another function with train={train}")
 
 
 def lent_affines(net: nn.Module) -> int:
