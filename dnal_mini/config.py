@@ -119,7 +119,7 @@ class SearchConfig:
     weight_decay: float = 1e-4
     """Of the weights."""
     reset_momentum: bool = False
-    """Empty the momentum buffers before every epoch, as the authors' scripts do."""
+    """Empty the momentum buffers before every epoch, as the authors do by a new optimiser."""
     order: Order = "conv-bn-ss-relu"
     """Where the SS layer sits."""
     floor: float = 0.0

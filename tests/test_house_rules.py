@@ -10,6 +10,7 @@ import sys
 import tomllib
 from itertools import chain
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
@@ -144,6 +145,47 @@ def test_a_planted_import_against_the_rows_is_caught(name: str, line: str):
     assert wrong_imports(name, line)
     assert not wrong_imports(name, f"import torch\nfrom dnal_mini.{name} import other")
     assert not wrong_imports("search", "from dnal_mini.gating import gates")
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    """All functions and methods of a file."""
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_a_file_is_one_idea_and_a_function_one_step(path: Path):
+    assert len(path.read_text().splitlines()) <= 400
+    for each in functions(path):
+        lines = each.end_lineno - each.lineno + 1
+        given = [*each.args.posonlyargs, *each.args.args, *each.args.kwonlyargs]
+        count = len([arg for arg in given if arg.arg not in ("self", "cls")])
+        assert lines <= 60, f"{each.name} has {lines} lines"
+        assert count <= 8, f"{each.name} has {count} parameters"
+
+
+def test_no_function_hides_a_module_and_the_public_names_come_from_one_place():
+    import dnal_mini
+
+    for name in set(dnal_mini.__all__) - {"models", "recipes"}:
+        assert not isinstance(getattr(dnal_mini, name), ModuleType)
+        for there in (PACKAGE / name, PACKAGE / f"{name}.py"):
+            assert not there.exists(), f"{there} is hidden by dnal.{name}"
+    for path in PACKAGE.rglob("__init__.py"):
+        if path.parent.name not in ("dnal_mini", "models", "methods"):
+            assert not imported(path.read_text()), f"{path} hands names on"
+
+
+def test_lines_of_the_readme_fit_a_screen():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert [line for line in lines if len(line) >= 100] == []
+
+
+def test_the_reading_path_is_five_files_and_nine_hundred_lines():
+    section = (ROOT / "README.md").read_text().partition("## The whole idea in an hour")[2]
+    files = re.findall(r"^\d\. `(dnal_mini/[\w/]+\.py)`", section, re.MULTILINE)
+    assert len(files) == 5
+    assert sum(len((ROOT / file).read_text().splitlines()) for file in files) <= 900
 
 
 def test_figures_know_nothing_of_torch():

@@ -31,7 +31,8 @@ def summary(rows_or_path: list[Row] | str | Path) -> Row:
     found |= {key: last.get(key) for key in ("stage", "epoch", "epochs")}
     found |= {"finished": bool(result), "device": run.get("device"), "commit": run.get("commit")}
     found |= {key: result.get(key) for key in ("dense_is", "test_images", "seconds")}
-    found |= {"gate_price": result.get("gate_price", config.get("gate_price"))}  # if it was found
+    price = result.get("gate_price", config.get("gate_price"))  # found, if a budget was asked for
+    found["gate_price"] = price if found["method"] in (None, "dnal") else None
     for net in ("dense", "weight_stage", "hard", "pruned", "fine_tuned"):
         found[f"{net}_accuracy"] = result.get(f"{net}_accuracy")
     for unit in ("params", "macs"):

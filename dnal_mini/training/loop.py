@@ -68,8 +68,7 @@ def fit(
 
     The loss of a batch is the mean cross-entropy + ``stage.price * work.penalty()``. Order of
     images, crops, flips and dropout depend on ``stage.seed`` and the epoch only. The last,
-    incomplete batch of an epoch is left out. ``reset_momentum`` empties the optimiser's buffers
-    before every epoch, as the authors' scripts do by making a new optimiser.
+    incomplete batch of an epoch is left out.
 
     Inside an epoch ``keep(position)`` is called every ``session.checkpoint_s`` seconds and when
     ``session.stopping()`` says so, then KeyboardInterrupt is raised; given as ``start``, the

@@ -7,7 +7,7 @@ from test_benchmarks import load
 
 from dnal_mini.config import SearchConfig
 from dnal_mini.recipes import RECIPES
-from dnal_mini.runs import aggregate, runlog
+from dnal_mini.runs import aggregate, runlog, tables
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
@@ -95,3 +95,27 @@ def test_no_record_of_an_experiment_is_beside_the_plan():
     planned = {job.record for job in experiments.plan().values()}
     there = {path for name in experiments.FIRST for path in (RESULTS / name).glob("*")}
     assert there <= planned
+
+
+EVERY = sorted(RESULTS.rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", EVERY, ids=lambda p: str(p.relative_to(RESULTS)))
+def test_every_file_of_results_is_read_or_refused_in_one_line(path: Path):
+    try:
+        rows = runlog.read(path)
+    except ValueError as error:  # measurements, no runs
+        assert path.parent.name in ("pruning", "speed")
+        assert str(error).startswith("got no JSON row in line 1")
+        assert "\n" not in str(error)
+        return
+    assert rows
+    if rows[0]["kind"] == "run" and "name" in rows[0].get("config", {}):
+        config = SearchConfig.of(rows[0]["config"])
+        assert config.settings().items() >= rows[0]["config"].items(), "nothing of it is lost"
+        found = tables.summary(rows)
+        assert found["method"] == config.method.name
+        stages = {stage.name: stage.epochs for stage in config.stages()}
+        for row in runlog.epochs(rows):
+            if not row["stage"].startswith("probe"):
+                assert row["epochs"] == stages[row["stage"]], "the table has the stage as it was"

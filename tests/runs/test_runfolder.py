@@ -1,6 +1,7 @@
 """Folders of runs: taken over, refused, damaged."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from dnal_mini.config import SearchConfig
+from dnal_mini.methods.dnal import DNAL
 from dnal_mini.runs import runlog
+from dnal_mini.runs.reopen import settings_in
 from dnal_mini.search.driver import run
 
 ROOT = Path(__file__).parents[2]
@@ -197,3 +200,30 @@ def test_a_folder_half_made_is_not_seen(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="cannot be written"):
             run(CONFIG, tmp_path / "run")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- folders of older versions -----------------------------------------------------------------
+
+OLD = Path(__file__).parents[1] / "files" / "old_run"
+
+
+def test_a_run_that_an_older_version_began_goes_on(tmp_path):
+    shutil.copytree(OLD, tmp_path / "run")
+    config, trained = settings_in(tmp_path / "run"), []
+    assert (config.method, config.baseline) == (
+        DNAL(arch_epochs=2, arch_lr=5.0, gate_price=1e-3), "none",
+    )  # fmt: skip
+    before = runlog.epochs(OLD)
+    result = run(config, tmp_path / "run", on_row=trained.append)
+    epochs = [(row["stage"], row["epoch"]) for row in trained if row["kind"] == "epoch"]
+    assert epochs == [("arch_stage", 2), ("fine_tune", 1)]
+    assert runlog.epochs(tmp_path / "run")[: len(before)] == before
+    assert result["macs"][1] < result["macs"][0]
+
+
+def test_settings_that_no_version_has_are_told(tmp_path):
+    shutil.copytree(OLD, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"gate_price"', '"gate_prize"'))
+    with pytest.raises(ValueError, match="got field 'gate_prize'; need gate_price"):
+        settings_in(tmp_path / "run")
