@@ -36,7 +36,12 @@ TOLERANCE = 1e-8  # largest relative difference (float64) between gated and prun
 
 @dataclass
 class Pruned:
-    """A smaller network with the papers that prove it: see ``prune``.
+    """A smaller network with the papers that prove it.
+
+    ``module`` is a copy of the net's own class with smaller submodules and no gates, ``spec`` the
+    JSON-able description of the cut, ``report`` what was cut and why not more, ``certificate`` the
+    largest absolute difference between hard-gated and pruned output in float64, eval mode (the
+    relative ones, float32 too, are in ``spec["certificate"]``).
 
     Example:
         >>> net = dnal.models.vgg16(width=0.125).eval()
@@ -68,10 +73,7 @@ def prune(
 ) -> Pruned:
     """Cut every channel that the hard gates leave dead; the argument is left alone.
 
-    ``module`` is a copy of ``net``'s own class with smaller submodules and no gates, ``spec`` the
-    JSON-able description of the cut, ``report`` what was cut and why not more, ``certificate`` the
-    largest absolute difference between hard-gated and pruned output in float64, eval mode (the
-    relative ones, float32 too, are in ``spec["certificate"]``).
+    What comes back is told at ``Pruned``.
     ``residual="scatter"``: a residual branch keeps its own channels and is added into the trunk at
     their places; "tie": all members of a channel set keep the union, plain narrower layers.
     ``min_channels`` and ``round_to`` let dead channels stay until every layer has that many and a
