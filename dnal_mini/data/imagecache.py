@@ -1,7 +1,7 @@
 """Image folders decoded once into a checksummed cache of uint8 arrays.
 
-A folder holds ``train/<class>/*`` and ``test/<class>/*``. Images are decoded by threads and kept as
-one ``.npy`` file a split, with a note of checksums beside it. First: ``load_split``.
+Images are decoded by threads and kept as one ``.npy`` file a split, with a note of checksums beside
+it. First: ``load_split``. Which folders: ``folders.py``.
 """
 
 import hashlib
@@ -17,63 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-
-
-def line_of(error: BaseException) -> str:
-    """First line of an error's text, or its type."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def names_in(folder: Path) -> list[str]:
-    """Sorted names in a folder, hidden ones left out.
-
-    Raises: ValueError for a folder that is not there or cannot be read.
-    """
-    try:
-        return sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
-    except OSError as error:
-        raise ValueError(
-            f"{folder}: got {error.strerror}; need a readable folder with images in"
-            " train/<class>/ and test/<class>/; check the path"
-        ) from error
-
-
-def image_files(folder: Path) -> list[Path]:
-    """Image files of one class by name.
-
-    Raises: ValueError for a folder without an image.
-    """
-    files = [folder / name for name in names_in(folder) if Path(name).suffix.lower() in SUFFIXES]
-    if not files:
-        raise ValueError(
-            f"{folder}: got no images; need at least one ({', '.join(sorted(SUFFIXES))});"
-            " add images, or remove the folder from train and test"
-        )
-    return files
-
-
-def class_names(root: Path) -> tuple[str, ...]:
-    """Class folders of train, sorted. Opens no image.
-
-    Raises: ValueError if there are none, test has other ones, or one of test is empty.
-    """
-    train, test = (
-        [name for name in names_in(root / split) if (root / split / name).is_dir()]
-        for split in ("train", "test")
-    )
-    if not train:
-        raise ValueError(f"{root / 'train'}: got no class folders; need train/<class>/; add them")
-    for there, here, split in ((train, test, "test"), (test, train, "train")):
-        absent = ", ".join(sorted(set(there) - set(here)))
-        if absent:
-            raise ValueError(
-                f"{root / split}: got no class folder {absent}; need the same classes in train and"
-                " test; add it, or remove it from the other"
-            )
-    for name in test:
-        image_files(root / "test" / name)
-    return tuple(train)
+from dnal_mini.data.folders import image_files, line_of, refusal
 
 
 def image_size_of(path: Path) -> tuple[int, int]:
@@ -88,20 +32,25 @@ def _read_image(path: Path, size: tuple[int, int] | None, resize: bool = False) 
 
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"{image.mode} pixels, which do not fit in 8 bits")
-            pixels = image.convert("RGB")
-            if size is not None and pixels.size != size[::-1]:
-                if not resize:
-                    raise ValueError(f"{pixels.height}x{pixels.width} pixels")
-                pixels = pixels.resize(size[::-1], Image.Resampling.BILINEAR)
-            return np.asarray(pixels).transpose(2, 0, 1)
+            mode = image.mode
+            pixels: Image.Image = image
+            if mode == "P" and "transparency" in image.info:  # from here to RGB it would warn
+                pixels = image.convert("RGBA")
+            if mode[0] not in "IF":
+                pixels = pixels.convert("RGB")
     except Exception as error:  # a damaged file can raise nearly anything in a decoder
-        wanted = f"{size[0]}x{size[1]}" if size else "one size"
-        raise ValueError(
-            f"{path}: got {line_of(error)}; need 8-bit pixels, {wanted} for all images; replace or"
-            " remove it (image_folder(image_size=...) resizes)"
+        raise refusal(
+            path, line_of(error), "an image that can be read", "replace or remove it"
         ) from error
+    if mode[0] in "IF":
+        raise refusal(path, f"{mode} pixels", "8 bits per channel", "convert it, or remove it")
+    if size is not None and pixels.size != size[::-1]:
+        if not resize:
+            found, wanted = (f"{height}x{width}" for height, width in (pixels.size[::-1], size))
+            do = "resize all by --data folder --image-size SIDE (image_size=), or remove it"
+            raise refusal(path, f"{found} pixels", f"{wanted} as the others", do)
+        pixels = pixels.resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.asarray(pixels).transpose(2, 0, 1)
 
 
 def _decode(files: list[Path], size: tuple[int, int], resize: bool) -> np.ndarray:
@@ -138,10 +87,10 @@ def load_split(
             return images, labels
     writable = next(filter(_is_writable, caches), None)
     if writable is None:
-        raise ValueError(
-            f"{caches[-1]}: got no write permission; need a place for decoded images;"
-            " pass another folder as cache"
-        )
+        raise refusal(
+            caches[-1], "no write permission", "a place for decoded images",
+            "set XDG_CACHE_HOME, or pass another cache",
+        )  # fmt: skip
     decoded = _decode(flat, size, resize)
     _write_cache(writable, kind, source, decoded)
     return torch.from_numpy(decoded), labels
@@ -188,10 +137,10 @@ def _read_cache(path: Path, source: str) -> Tensor | None:
         reason = f"sha256 {found[1][:12]}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = line_of(error)
-    raise ValueError(
-        f"{path}: got a damaged cache ({reason}); need the file as it was written, with its .json;"
-        " delete it, and the images are decoded again"
-    )
+    raise refusal(
+        path, f"a damaged cache ({reason})", "the file as it was written, with its .json",
+        "delete it, and the images are decoded again",
+    )  # fmt: skip
 
 
 def _write_cache(folder: Path, kind: str, source: str, images: np.ndarray) -> None:
@@ -207,10 +156,10 @@ def _write_cache(folder: Path, kind: str, source: str, images: np.ndarray) -> No
             if old.stem != path.stem and old.suffix in {".npy", ".json"}:
                 old.unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(
-            f"{path}: got {error.strerror}; need {images.nbytes} bytes for the decoded images;"
-            " make room, or pass another folder as cache"
-        ) from error
+        raise refusal(
+            path, str(error.strerror), f"{images.nbytes} bytes for the decoded images",
+            "make room, set XDG_CACHE_HOME, or pass another cache",
+        ) from error  # fmt: skip
 
 
 def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,6 +1,6 @@
 """Image sets as whole tensors: train and val in memory, test opened on first use.
 
-No data loader and no worker process: a batch is ``split.images[indices]``. First: ``ImageSet``.
+No data loader and no worker process: a batch is ``split.batch(indices)``. First: ``ImageSet``.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,12 @@ class Split:
     def device(self) -> torch.device:
         """Where the images are."""
         return self.images.device
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Images (n, c, h, w) and labels (n,) at ``indices`` (n,)."""
@@ -66,8 +72,7 @@ class ImageSet:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
-        channels, height, width = self.train.images.shape[1:]
-        return channels, height, width
+        return self.train.image_shape
 
 
 def carve(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -83,8 +88,8 @@ def carve(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     most = int((sizes - 1).clamp(min=0).sum())
     if not 1 <= count <= most:
         raise ValueError(
-            f"got val={count}; need 1 to {most}, so that each class keeps one of the {len(labels)}"
-            " training images; change val"
+            f"got {count} images to draw; need 1 to {most}, so that each class keeps one of its"
+            f" {len(labels)} images; change --val (val=) or --train-images"
         )
     shares = sizes * count // len(labels)
     while missing := count - int(shares.sum()):

@@ -4,19 +4,12 @@ import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from dnal_mini.data.imagecache import (
-    cache_folders,
-    class_names,
-    image_files,
-    image_size_of,
-    line_of,
-    load_split,
-)
+from dnal_mini.data.folders import image_files, layout, line_of, pass_instead, refusal
+from dnal_mini.data.imagecache import cache_folders, image_size_of, load_split
 from dnal_mini.data.imageset import ImageSet, Split, carve, carved_set, channel_statistics
 from dnal_mini.data.torchvision import fix_torchvision
 
@@ -92,21 +85,22 @@ def cifar10(
     Raises:
         ValueError: no usable data in ``root``, or anything else that ``image_folder`` refuses.
     """
-    constants = (CIFAR10_MEAN, CIFAR10_STD)
     path = _data_root(root)
-    if not (path / "train").is_dir():
+    if (path / "train").is_dir():
+        names, load, load_test = _folder(path, (32, 32), False, cache)
+        if len(names) != 10:
+            do = "pass --data folder (image_folder)"
+            raise refusal(path, f"{len(names)} classes", "CIFAR-10's 10", do)
+        whole = load()
+    else:
         whole, load_test, names = _cifar10_archive(path, download)
-        return carved_set("cifar10", names, whole, load_test, seed, val, constants)
-    names = class_names(path)
-    if len(names) != 10:
-        raise ValueError(f"{path}: got {len(names)} classes; need CIFAR-10's 10; use image_folder")
-    load = partial(_from_folder, path, names, (32, 32), False, cache_folders(path, cache))
-    return carved_set("cifar10", names, load("train"), partial(load, "test"), seed, val, constants)
+    constants = (CIFAR10_MEAN, CIFAR10_STD)
+    return carved_set("cifar10", names, whole, load_test, seed, val, constants)
 
 
 def image_folder(
     root: Path | str | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     *,
     seed: int = 0,
     val: int | None = None,
@@ -114,31 +108,42 @@ def image_folder(
 ) -> ImageSet:
     """Any set in the layout ``train/<class>/*``, ``test/<class>/*``, as 8-bit RGB without alpha.
 
-    ``root`` defaults to the environment variable DNAL_DATA. ``image_size`` (height, width) resizes
-    each image, bilinear, aspect not kept; without it all images must have one size. ``val`` is by
-    default a tenth of the training images.
+    ``root`` defaults to the environment variable DNAL_DATA. Without a folder ``test`` the images
+    of ``val`` are the test images; those for validation are carved from train in any case, ``val``
+    of them, by default a tenth. ``image_size``, a side or (height, width), resizes each image,
+    bilinear, aspect not kept; without it all images must have the size of the first.
 
     Decoded images are kept in ``.dnal_cache`` inside ``root``, or in the user's cache folder where
     ``root`` is read-only or in a git checkout, or in the folder ``cache``. They are decoded again
     when a file's name or size (in bytes) has changed; a change that keeps both goes unnoticed.
 
     Raises:
-        ValueError: folder missing or empty, a class missing in test, an image that cannot be read,
-            a cache that is damaged, no place to write one.
+        ValueError: folder missing or empty, less than two classes, a class missing in test, an
+            image that cannot be read or is of another size or of more than 8 bits, a cache that is
+            damaged, no place to write one.
     """
     path = _data_root(root)
-    names = class_names(path)
-    resize, caches = image_size is not None, cache_folders(path, cache)
-    height, width = image_size or image_size_of(image_files(path / "train" / names[0])[0])
-    load = partial(_from_folder, path, names, (height, width), resize, caches)
-    whole = load("train")
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if size is not None and min(size) < 1:
+        raise refusal(path, f"image_size {image_size}", "1 or more", "change --image-size")
+    names, load, load_test = _folder(path, size, size is not None, cache)
+    whole = load()
     count = max(1, len(whole) // 10) if val is None else val
-    return carved_set(path.resolve().name, names, whole, partial(load, "test"), seed, count)
+    return carved_set(path.resolve().name, names, whole, load_test, seed, count)
 
 
-def _from_folder(*arguments: Any) -> Split:
-    """One split of an image folder; arguments as for ``load_split``."""
-    return Split(*load_split(*arguments))
+def _folder(
+    root: Path, size: tuple[int, int] | None, resize: bool, cache: Path | str | None
+) -> tuple[tuple[str, ...], Callable[[], Split], Callable[[], Split]]:
+    """Class names, functions that read the training and the test images."""
+    names, held = layout(root)
+    size = size or image_size_of(image_files(root / "train" / names[0])[0])
+    caches = cache_folders(root, cache)
+
+    def load(split: str) -> Split:
+        return Split(*load_split(root, names, size, resize, caches, split))
+
+    return names, partial(load, "train"), partial(load, held)
 
 
 def _cifar10_archive(
@@ -146,27 +151,27 @@ def _cifar10_archive(
 ) -> tuple[Split, Callable[[], Split], tuple[str, ...]]:
     """Training images, a function that reads the test images, class names."""
     if not download and not (root / "cifar-10-batches-py").is_dir():
-        raise ValueError(
-            f"{root}: got no CIFAR-10; need train/<class>/ and test/<class>/, or the unpacked"
-            " archive cifar-10-batches-py; pass another root, or download=True"
-        )
+        raise refusal(
+            root, "no CIFAR-10", "train/<class>/ and test/<class>/, or cifar-10-batches-py",
+            f"{pass_instead(root)}, or none to download it (download=True)",
+        )  # fmt: skip
     fix_torchvision()
     try:
         from torchvision.datasets import CIFAR10
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"{root}: got no torchvision; need it to read or fetch the CIFAR-10 archive;"
-            " pip install torchvision"
-        ) from error
+        need = "it to read or fetch the CIFAR-10 archive"
+        raise refusal(root, "no torchvision", need, "pip install torchvision") from error
 
     def load(train: bool) -> tuple[Split, tuple[str, ...]]:
         try:
             found = CIFAR10(str(root), train=train, download=download and train)
         except (OSError, RuntimeError) as error:
-            raise ValueError(
-                f"{root}: got {line_of(error)}; need the CIFAR-10 archive as published; delete"
-                " what is there, and pass download=True"
-            ) from error
+            damaged = isinstance(error, RuntimeError)
+            do = "delete what is there" if damaged else "check the network"
+            raise refusal(
+                root, line_of(error), "the CIFAR-10 archive as published",
+                f"{do} and download it again (download=True), or pass another --data-dir",
+            ) from error  # fmt: skip
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         return Split(images, torch.tensor(found.targets)), tuple(found.classes)
 
@@ -177,5 +182,5 @@ def _cifar10_archive(
 def _data_root(root: Path | str | None) -> Path:
     path = root or os.environ.get("DNAL_DATA")
     if path is None or path == "":
-        raise ValueError("got no data folder; need one; pass root, or set DNAL_DATA")
+        raise ValueError("got no data folder; need one; pass --data-dir (root), or set DNAL_DATA")
     return Path(path).expanduser()

@@ -117,7 +117,7 @@ def test_every_image_of_a_class_is_drawn_equally_often():
 @pytest.mark.parametrize("count", [-1, 0, 20, 22, 30])
 def test_carving_refuses_to_empty_a_class(count: int):
     labels = torch.tensor([0] * 20 + [1] + [2])
-    with pytest.raises(ValueError, match=f"got val={count}") as error:
+    with pytest.raises(ValueError, match=f"got {count} images to draw") as error:
         carve(labels, count, seed=0)
     one_line(error)
 
@@ -142,6 +142,15 @@ def test_a_split_moves_as_a_whole():
     assert (moved.images.device.type, moved.labels.device.type) == ("meta", "meta")
     assert len(moved) == 5
     assert split.images.device.type == "cpu"
+
+
+def test_a_batch_is_the_images_and_labels_at_its_indices():
+    images = torch.randint(0, 256, (5, 3, 2, 7), dtype=torch.uint8)
+    split = Split(images, torch.tensor([4, 3, 1, 0, 2]))
+    found, labels = split.batch(torch.tensor([3, 0, 3]))
+    assert torch.equal(found, torch.stack([images[3], images[0], images[3]]))
+    assert labels.tolist() == [0, 4, 0]
+    assert (split.image_shape, split.device.type) == ((3, 2, 7), "cpu")
 
 
 def test_statistics_equal_numpys():
@@ -292,11 +301,53 @@ def test_grey_palette_and_transparent_images_become_rgb(folder: Path):
     place = folder / "test" / "ant"
     Image.fromarray(grey).save(place / "00.png")
     Image.fromarray(pixels("test", 0, 1)).convert("RGBA").save(place / "01.png")
-    Image.fromarray(grey).convert("P").save(place / "02.png")
+    Image.fromarray(grey).convert("P").save(place / "02.png", transparency=bytes(range(54)))
     images = image_folder(folder).test.images
     assert torch.equal(images[0], torch.from_numpy(grey).expand(3, 6, 9))
     assert torch.equal(images[1], expected("test")[0][1])
     assert torch.equal(images[2], images[0])
+
+
+@pytest.mark.parametrize("image_size", [7, (7, 7)])
+def test_a_side_is_a_height_and_a_width(folder: Path, image_size):
+    enlarge("train/bee/03.png")(folder)
+    found = image_folder(folder, image_size, val=6)
+    assert found.image_shape == found.val.image_shape == found.test.image_shape == (3, 7, 7)
+    with pytest.raises(ValueError, match="got image_size 0") as error:
+        image_folder(folder, 0)
+    assert "--image-size" in one_line(error)
+
+
+def test_val_holds_the_test_images_where_there_is_no_test(folder: Path):
+    (folder / "test").rename(folder / "val")
+    found = image_folder(folder, val=6)
+    assert torch.equal(found.test.images, expected("test")[0])
+    assert rows(found.val.images) < rows(expected("train")[0])
+    remove("val", "bee")(folder)
+    with pytest.raises(ValueError, match="val: got no class folder bee") as error:
+        image_folder(folder)
+    assert "the same classes in train and val" in one_line(error)
+
+
+def test_val_is_passed_over_where_there_is_a_test(folder: Path):
+    (folder / "val" / "zebra").mkdir(parents=True)
+    found = image_folder(folder, val=6)
+    assert found.classes == CLASSES
+    assert torch.equal(found.test.images, expected("test")[0])
+
+
+def test_two_classes_of_one_grey_image_each_are_enough(tmp_path: Path):
+    for label, name in enumerate(("no", "yes")):
+        for split in ("train", "test"):
+            place = tmp_path / "set" / split / name
+            place.mkdir(parents=True)
+            for index in range(2):
+                grey = np.full((5, 7), 100 * label + 10 * index + len(split), np.uint8)
+                Image.fromarray(grey).save(place / f"{index}.png")
+    found = image_folder(tmp_path / "set", val=1)
+    assert found.classes == ("no", "yes")
+    assert found.test.images.unique().tolist() == [4, 14, 104, 114]
+    assert torch.equal(found.test.images[3], torch.full((3, 5, 7), 114, dtype=torch.uint8))
 
 
 def test_files_that_are_no_images_and_hidden_folders_are_passed_over(folder: Path):
@@ -498,22 +549,62 @@ def deepen(place: str) -> Callable[[Path], None]:
     return lambda folder: Image.fromarray(np.full((6, 9), 999, np.uint16)).save(folder / place)
 
 
+def one_class(folder: Path) -> None:
+    for split in SIZES:
+        for name in CLASSES[1:]:
+            shutil.rmtree(folder / split / name)
+
+
+def loose(folder: Path) -> None:
+    """All images of train beside each other, as after unpacking an archive that has labels."""
+    for name in CLASSES:
+        for path in (folder / "train" / name).iterdir():
+            path.rename(folder / "train" / f"{name}_{path.name}")
+        (folder / "train" / name).rmdir()
+
+
+def deeper(place: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / place).rename(folder / "images")
+        (folder / place).mkdir()
+        (folder / "images").rename(folder / place / "images")
+
+    return spoil
+
+
+def rename_all(place: str, suffix: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        for path in (folder / place).iterdir():
+            path.rename(path.with_suffix(suffix))
+
+    return spoil
+
+
 @pytest.mark.parametrize(
     ("spoil", "named"),
     [
         (remove(), "set"),
-        (remove("test"), "test: got No such file"),
+        (remove("train"), "set: got no train; need train/<class>/*; pass another folder as"),
+        (remove("test"), "set: got no test and no val"),
         (clear("train"), "train: got no class folders"),
         (remove("test", "bee"), "test: got no class folder bee"),
         (remove("train", "bee"), "train: got no class folder bee"),
         (rename("test/cow", "test/cows"), "test: got no class folder cow"),
         (clear("train", "cow"), "train/cow: got no images"),
         (clear("test", "cow"), "test/cow: got no images"),
+        (one_class, "train: got one class, ant; need two or more"),
+        (loose, "train: got 23 images outside of class folders; need train/<class>/*; move"),
+        (deeper("train/bee"), "train/bee: got no images but a folder images"),
+        (rename_all("train/bee", ".heic"), "train/bee: got no images but .heic; need images (.bmp"),
         (write("train/bee/03.png", b""), "train/bee/03.png: got"),
         (write("train/bee/03.png", b"\x89PNG\r\n\x1a\n" + bytes(50)), "train/bee/03.png: got"),
         (halve("train/bee/03.png"), "train/bee/03.png: got"),
-        (enlarge("train/bee/03.png"), "train/bee/03.png: got 8x9 pixels; need 8-bit pixels, 6x9"),
-        (deepen("train/bee/03.png"), "train/bee/03.png: got I;16 pixels"),
+        (
+            enlarge("train/bee/03.png"),
+            "train/bee/03.png: got 8x9 pixels; need 6x9 as the others; resize all by",
+        ),
+        (enlarge("train/bee/03.png"), "--image-size SIDE"),
+        (deepen("train/bee/03.png"), "train/bee/03.png: got I;16 pixels; need 8 bits per channel"),
     ],
 )
 def test_bad_folders_give_one_line_that_names_the_place(
@@ -524,6 +615,29 @@ def test_bad_folders_give_one_line_that_names_the_place(
         image_folder(folder)
     assert named in one_line(error)
     assert not (folder / ".dnal_cache").exists()
+
+
+@pytest.mark.parametrize("load", [image_folder, cifar10])
+@pytest.mark.parametrize("given", ["..", "train", "test"])
+def test_a_folder_above_or_below_the_right_one_is_told_the_right_one(folder, given, load):
+    with pytest.raises(ValueError, match=r".") as error:
+        load((folder / given).resolve())
+    text = one_line(error)
+    assert text.startswith(f"{(folder / given).resolve()}: got no ")
+    assert f"; pass {folder} as --data-dir" in text
+
+
+def test_an_archive_is_to_be_unpacked_and_a_folder_that_is_not_there_says_so(tmp_path: Path):
+    archive = tmp_path / "set.zip"
+    archive.write_bytes(b"PK")
+    for path, named in (
+        (archive, "got Not a directory; "),
+        (archive, "; unpack it and pass its folder as --data-dir"),
+        (tmp_path / "none", "got No such file or directory; "),
+    ):
+        with pytest.raises(ValueError, match=r".") as error:
+            image_folder(path)
+        assert named in one_line(error)
 
 
 def test_no_folder_at_all_is_one_line(monkeypatch: pytest.MonkeyPatch):
