@@ -19,7 +19,7 @@ from dnal_mini.gating import (
 )
 from dnal_mini.layers.gated_norm import GatedNorm
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
-from dnal_mini.search.floors import hold_floors
+from dnal_mini.methods.dnal import hold_floors
 
 ORDERS = ["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"]
 

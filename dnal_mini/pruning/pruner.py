@@ -77,7 +77,7 @@ def prune(
     ``residual="scatter"``: a residual branch keeps its own channels and is added into the trunk at
     their places; "tie": all members of a channel set keep the union, plain narrower layers.
     ``min_channels`` and ``round_to`` let dead channels stay until every layer has that many and a
-    multiple of that: a trade of MACs for regular shapes; the report calls them held.
+    multiple of that: regular shapes for some MACs; the report calls them held.
     ``absorb`` multiplies the p < 1 of an open gate into its norm instead of rounding it to 1.
     ``max_gap`` is the largest distance of a soft gate from 0 and 1 (with ``absorb``: of a closed
     one from 0) that is rounded away without a word.
@@ -91,8 +91,7 @@ def prune(
     Example:
         >>> gated = dnal.add_gates(dnal.models.vgg16(width=0.125).eval())
         >>> for gate in dnal.gates(gated).values():
-        ...     gate.s.data = torch.linspace(-1, 1, len(gate.s))  # half of the channels are closed
-        >>> dnal.set_gates(gated, mode="hard")
+        ...     gate.s.data = torch.linspace(-99, 99, len(gate.s))  # half of them are closed
         >>> small = dnal.prune(gated)
         >>> round(dnal.cost(gated).macs / dnal.cost(small.module).macs, 1), small.certificate < 1e-8
         (3.8, True)

@@ -61,7 +61,8 @@ def by_settings(records: Iterable[Record]) -> list[list[Row]]:
         found = summary(rows)
         config = SearchConfig.of(rows[0]["config"]).settings()
         strength = config.get(METHODS[config["method"]].strength)
-        asked = [f"target {share:g}" for share in (config["budget"] or {}).values()]
+        budget = (config["budget"] or {}).items()
+        asked = [f"target {v:g}{'' if metric == 'macs' else ' params'}" for metric, v in budget]
         odd = [config[name] for name, usual in USUAL.items() if config.get(name, usual) != usual]
         label = " ".join([*(asked or [f"{strength:g}"]), *odd])
         key = {name: config[name] for name in config if name not in {"seed", *MEANS}}
