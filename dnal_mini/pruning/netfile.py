@@ -35,8 +35,11 @@ TOLERANCE = 1e-5  # relative; a net of float64 may be loaded in float32
 
 
 def save(small: Pruned, path: str | os.PathLike) -> None:
-    """Write tensors, spec and probe as one safetensors file. The file appears whole or not.
+    """Write tensors, spec and probe as one safetensors file; the same net gives the same bytes.
 
+    The file appears whole or not.
+
+    Raises: ValueError for a place that cannot be written, or extra state that is no JSON.
     Example:
         >>> small = dnal.prune(dnal.models.vgg16(width=0.125).eval())
         >>> dnal.save(small, "net.safetensors")
@@ -45,18 +48,34 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
         >>> torch.equal(small.module(images), again(images))
         True
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as as_bytes
 
     path = Path(path)
-    state = small.module.state_dict()
+    if not path.parent.is_dir() or (path.exists() and not path.is_file()):
+        what = "which is no regular file" if path.exists() else "in a folder that is not there"
+        raise ValueError(f"got {path}, {what}; need a file name in a folder; do make or change it")
     whole = torch.contiguous_format  # a tensor of its own for each name: some share their numbers
-    tensors = {k: v.detach().cpu().clone(memory_format=whole) for k, v in state.items()}
+    state = small.module.state_dict()
+    more = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
+    tensors = {
+        name: value.detach().cpu().clone(memory_format=whole)
+        for name, value in state.items()
+        if name not in more
+    }
     told = {"seed": 0, "outputs": probe(small.module, small.spec["image_shape"], seed=0)}
-    text = json.dumps(small.spec | {"probe": told}, sort_keys=True)
-    metadata = {"dnal_mini": text, "sha256": _digest(text, tensors)}
+    try:
+        text = json.dumps(small.spec | {"probe": told, "extra_state": more}, sort_keys=True)
+    except (TypeError, ValueError) as error:
+        names = ", ".join(more) or "its spec"
+        raise ValueError(f"got a net whose {names} is no JSON ({error}); need JSON") from error
+    text = json.dumps(json.loads(text) | {"sha256": _digest(text, tensors)}, sort_keys=True)
     part = path.with_name(path.name + ".part")
-    save_file(tensors, part, metadata=metadata)
-    part.replace(path)
+    try:  # one entry of metadata: the order of several would differ from time to time
+        part.write_bytes(as_bytes(tensors, metadata={"dnal_mini": text}))
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"got {error.strerror} for {path}; need room and access") from error
 
 
 def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
@@ -81,7 +100,7 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
     asked = spec.pop("probe", None)
     operate(module, spec)
     try:
-        module.load_state_dict(tensors)
+        module.load_state_dict(tensors | spec.pop("extra_state", {}))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise ValueError(f"got {path} of another net than build() gives ({reason})") from error
@@ -108,9 +127,13 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     text = metadata.get("dnal_mini")
     if text is None:
         raise ValueError(f"got {path} without a dnal_mini spec; need a file that save() wrote")
-    if metadata.get("sha256") != _digest(text, tensors):
-        raise ValueError(f"got {path}, edited since it was saved (checksum differs); save it again")
     spec = json.loads(text)
+    digest = metadata.get("sha256")  # of older files
+    if digest is None:
+        digest = spec.pop("sha256", None)
+        text = json.dumps(spec, sort_keys=True)
+    if digest != _digest(text, tensors):
+        raise ValueError(f"got {path}, edited since it was saved (checksum differs); save it again")
     if (version := spec.get("format")) not in range(1, FORMAT + 1):
         raise ValueError(
             f"got {path} of format {version}; need 1 to {FORMAT}; install a later dnal-mini"

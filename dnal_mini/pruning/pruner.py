@@ -6,7 +6,9 @@ the same surgery on a freshly built network. Which channels are dead is decided 
 which of the dead ones must stay in ``keepsets.py``.
 """
 
+import contextlib
 import copy
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -108,7 +110,7 @@ def prune(
     spec = {
         "format": FORMAT,
         "builder": type(net).__name__,
-        "config": getattr(net, "config", None),
+        "config": _config(net),
         "image_shape": list(image_shape),
         "residual": residual,
         **tables,
@@ -148,6 +150,14 @@ def _cost(net: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
     return dict(vars(cost(net, image_shape)))
 
 
+def _config(net: nn.Module) -> dict[str, Any] | None:
+    """How to rebuild a net, if it says so in JSON; another attribute of that name is its own."""
+    config = getattr(net, "config", None)
+    with contextlib.suppress(TypeError, ValueError):
+        return json.loads(json.dumps(config)) if isinstance(config, dict) else None
+    return None
+
+
 def _dtype(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
@@ -161,7 +171,9 @@ def _check_options(residual: str, min_channels: int, round_to: int) -> None:
 
 def _check_numbers(net: nn.Module) -> None:
     """Raises: ValueError for weights or statistics that cannot be those of a trained network."""
-    for name, tensor in net.state_dict().items():
+    norms = [n for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = ((n, b) for n, b in net.named_buffers() if n.rpartition(".")[0] in norms)
+    for name, tensor in (*net.named_parameters(), *buffers):  # another buffer may be a mask
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"got NaN or infinite numbers in {name}; need a network that works")
     for name, norm in net.named_modules():
