@@ -108,8 +108,8 @@ def sweep(
             "need 1; do fill them with several runs: --jobs or --ray"
         )
     asked = plan(config, values, seeds, Path(out).absolute(), field)
-    _remember(Path(out), config, [run for shared in asked for run in shared.then])
-    todo = deque(left for shared in asked if (left := _unfinished(shared)).then)
+    _remember(Path(out), config, [run for job in asked for run in job.then or (job,)])
+    todo = deque(left for job in asked if (left := _unfinished(job)))
     failed: dict[str, str] = {}
     running: dict[Future[str], Job] = {}
     at_a_time = jobs
@@ -138,6 +138,7 @@ def plan(
 ) -> list[Job]:
     """A job for each seed that trains what its runs share, and behind it a job for each value.
 
+    Runs whose method trains the weights itself share nothing: a job for each.
     Raises: ValueError for no values or seeds, one that comes twice, or one out of its range.
     """
     for name, given in ((field, values), ("seed", seeds)):
@@ -145,7 +146,7 @@ def plan(
         if twice or not given:
             got = f"{name} {twice[0]} twice" if twice else f"no {name}"
             raise ValueError(f"got {got}; need one or more, all different; do name each once")
-    jobs = []
+    jobs: list[Job] = []
     part, _, metric = field.partition(".")
     changes: list[dict[str, Any]] = [
         {part: Budget(**{metric: float(v)}) if metric else float(v)} for v in values
@@ -154,12 +155,13 @@ def plan(
     enough = Budget(macs=0.5) if config.method.needs_budget else None  # for what is shared: any
     for seed in seeds:
         folder, first = out / f"seed{seed}", config.replace(seed=seed, budget=enough)
-        forked = first.replace(weights_from=str(folder / "shared"))
-        forks = (
+        alone = config.method.trains_from_start
+        forked = first if alone else first.replace(weights_from=str(folder / "shared"))
+        forks = tuple(
             Job(folder / name, forked.replace(**new))
             for name, new in zip(names, changes, strict=True)
         )
-        jobs.append(Job(folder / "shared", first, "weights", tuple(forks)))
+        jobs += forks if alone else [Job(folder / "shared", first, "weights", forks)]
     return jobs
 
 
@@ -207,15 +209,18 @@ def _remember(out: Path, config: SearchConfig, asked: list[Job]) -> None:
     part.replace(path)
 
 
-def _unfinished(shared: Job) -> Job:
-    """The job without those behind it that have their result already."""
+def _unfinished(job: Job) -> Job | None:
+    """The job without those behind it that have their result already; None if nothing is left."""
 
     def done(folder: Path) -> bool:
         with contextlib.suppress(OSError, ValueError):  # a bad record: the run itself says so
             return any(row["kind"] == "result" for row in runlog.read(folder))
         return False
 
-    return replace(shared, then=tuple(run for run in shared.then if not done(run.folder)))
+    left = tuple(run for run in job.then if not done(run.folder))
+    if not (left if job.then else not done(job.folder)):
+        return None
+    return replace(job, then=left)
 
 
 def _work(job: Job, on_row: OnRow | None = None) -> str:

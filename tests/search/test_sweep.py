@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dnal_mini.config import SearchConfig
+from dnal_mini.config import Budget, SearchConfig
 from dnal_mini.measure.latency import latency_pair
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.netfile import load
@@ -348,3 +348,28 @@ def test_a_ray_cluster_finds_what_one_process_finds(whole, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1]) == {}
     for price in PRICES:
         check_same(tmp_path / f"out/seed3/price{price}", whole[0] / f"seed3/price{price}")
+
+
+def test_runs_that_train_their_weights_themselves_share_nothing(tmp_path):
+    config = CONFIG.replace(optimisation="joint", baseline="none", weight_epochs=1)
+    rows = Rows()
+    assert sweep.sweep(config, PRICES, [3], tmp_path / "out", on_row=rows) == {}
+    assert not (tmp_path / "out" / "seed3" / "shared").exists()
+    found = {path.name: runlog.read(path)[-1] for path in sweep.runs(tmp_path / "out")}
+    assert [row["kind"] for row in found.values()] == ["result"] * len(PRICES)
+    alone = driver.run(config.replace(seed=3, gate_price=PRICES[0]), tmp_path / "alone")
+    assert found[f"price{PRICES[0]}"]["macs"] == alone["macs"]
+    again = Rows()
+    assert sweep.sweep(config, PRICES, [3], tmp_path / "out", on_row=again) == {}
+    assert not again.seen  # all are finished
+
+
+def test_a_rule_is_swept_over_budgets_from_shared_weights(tmp_path):
+    config = CONFIG.replace(method="random", budget=Budget(macs=0.9), weight_epochs=1)
+    values, field = [0.4, 0.7], "budget.macs"
+    assert sweep.sweep(config, values, [3], tmp_path / "out", field=field) == {}
+    for value in values:
+        rows = runlog.read(tmp_path / "out" / "seed3" / f"target{value}")
+        assert rows[-1]["macs"][1] / rows[-1]["macs"][0] == pytest.approx(value, abs=0.08)
+        taken = {row["stage"] for row in runlog.epochs(rows) if row.get("taken_over")}
+        assert taken == {"weight_stage", "baseline"}
