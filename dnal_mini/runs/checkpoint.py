@@ -1,10 +1,12 @@
 """Checkpoints of stages: whole or absent, whenever the process is killed.
 
-A file is written beside its place, forced to the disk and renamed; the one before is kept. Read
+A file is written beside its place, forced to the disk and renamed; the one before is kept. Behind
+what ``torch.save`` wrote stands a checksum of it, which ``torch.load`` does not look at. Read
 ``Checkpoints``.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -21,6 +23,8 @@ from dnal_mini.gating import gates
 from dnal_mini.runs.runlog import Row, plain
 from dnal_mini.training.position import Position
 from dnal_mini.training.stage import Stage
+
+SUM = b"\nsha256 of the bytes before this line: "  # then 32 bytes; older versions end without
 
 
 class Checkpoints:
@@ -61,6 +65,7 @@ class Checkpoints:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
+        buffer.write(SUM + hashlib.sha256(buffer.getbuffer()).digest())
         path = self.path / f"{stage.name}.pt"
         try:
             write_whole(path, buffer.getbuffer(), keep=self.path / f"{stage.name}.before.pt")
@@ -145,9 +150,16 @@ def write_whole(path: Path, content: bytes | memoryview, keep: Path | None = Non
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """A checkpoint; tensors and plain values only, no pickled code."""
+    """A checkpoint; tensors and plain values only, no pickled code.
+
+    Raises: ValueError for a file that is cut, or is not what was written.
+    """
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        content = memoryview(path.read_bytes())
+        state, told = content[:-32], content[-32:]
+        if state[-len(SUM) :] == SUM and hashlib.sha256(state[: -len(SUM)]).digest() != told:
+            raise ValueError("got another checksum")
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged file
         raise ValueError(
             f"got {path}, which cannot be read; remove it to train the stage anew"

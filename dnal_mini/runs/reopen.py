@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from dnal_mini.config import SearchConfig, upgraded
@@ -12,6 +11,7 @@ from dnal_mini.models import MODELS
 from dnal_mini.pruning.foldgates import drop_gates
 from dnal_mini.pruning.netfile import load
 from dnal_mini.pruning.pruner import Pruned
+from dnal_mini.runs.checkpoint import load_state
 
 
 def settings_in(folder: Path) -> SearchConfig:
@@ -64,10 +64,10 @@ def _dense(folder: Path, small: Pruned) -> nn.Module:
     arguments |= {"width": config.width}
     net = add_gates(MODELS[config.model](**arguments), config.order)
     try:
-        net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["net"])
+        net.load_state_dict(load_state(path)["net"])
     except Exception as error:  # torch raises several kinds for a damaged file
         reason = " ".join(str(error).split())[:80]
         raise ValueError(f"got {path} ({reason}); need this run's; do resume the run") from error
     for gate in gates(net).values():
-        torch.nn.init.constant_(gate.s, float("inf"))  # open, whatever delta and threshold
+        nn.init.constant_(gate.s, float("inf"))  # open, whatever delta and threshold
     return drop_gates(net)

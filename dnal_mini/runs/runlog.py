@@ -1,9 +1,11 @@
 """Run records: one JSON object per line, one file per run.
 
 For writing a record while a run goes on and reading it back. Not for checkpoints: a record holds
-numbers and words, no weights. Read ``read`` first; ``tables`` prints what records hold.
+numbers and words, no weights. Read ``read`` first; ``tables`` prints what records hold. Each line
+ends with ``sum``, a checksum of its row; lines of older versions have none.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -61,7 +63,7 @@ class RunLog:
         Raises: ValueError for a value that JSON has no word for; nothing is written then.
         """
         row = {"kind": kind} | {name: plain(value) for name, value in fields.items()}
-        line = json.dumps(row, allow_nan=False) + "\n"
+        line = json.dumps(row | {"sum": _sum(row)}, allow_nan=False) + "\n"
         self._mend()
         with self.path.open("ab") as file:
             file.write(line.encode())
@@ -95,13 +97,31 @@ def _parsed(line: bytes) -> Row | None:
     return row if isinstance(row, dict) and isinstance(row.get("kind"), str) else None
 
 
+def _sum(row: Row) -> str:
+    """Eight hex digits that change with anything in a row."""
+    return hashlib.sha256(json.dumps(row).encode()).hexdigest()[:8]
+
+
+def _check_sums(rows: list[Row], path: Path) -> None:
+    """Take the checksums out of the rows. Raises: ValueError for one that is wrong or missing."""
+    begun = False
+    for number, row in enumerate(rows, start=1):
+        told = row.pop("sum", None)
+        if (told is not None or begun) and told != _sum(row):
+            raise ValueError(
+                f"got another checksum than was written in line {number} of {path}; need every row "
+                "as it was written; do restore the file, or start the run again in a new folder"
+            )
+        begun = begun or told is not None
+
+
 def read(path: str | Path) -> list[Row]:
     """All rows of a record (a file, or the folder of a run), in the order of writing.
 
     A last line without its end is what a crash leaves: it is dropped with a warning. The config of
     an older record is given in today's words (``config.upgraded``).
-    Raises: FileNotFoundError if there is none; ValueError for a line that is no row, or a record
-    of another format.
+    Raises: FileNotFoundError if there is none; ValueError for a line that is no row or no longer
+    the one that was written, or a record of another format.
     """
     path = Path(path)
     if path.is_dir():
@@ -131,6 +151,7 @@ def read(path: str | Path) -> list[Row]:
             )
         else:
             rows.append(row)
+    _check_sums(rows, path)
     first = rows[0] if rows else {}
     if first.get("format", FORMAT) not in range(1, FORMAT + 1):
         raise ValueError(

@@ -10,7 +10,8 @@ import pytest
 
 from dnal_mini.config import SearchConfig
 from dnal_mini.methods.dnal import DNAL
-from dnal_mini.runs import runlog
+from dnal_mini.runs import checkpoint, runlog
+from dnal_mini.runs.checkpoint import load_state
 from dnal_mini.runs.reopen import settings_in
 from dnal_mini.search.driver import run
 
@@ -98,6 +99,19 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path):
         pytest.raises(ValueError, match=r"before\.pt, which cannot be read; remove it"),
     ):
         run(changed(baseline="none"), tmp_path / "run")
+
+
+def test_a_bit_that_flips_in_a_checkpoint_is_told(tmp_path):
+    run(changed(baseline="none"), tmp_path / "run")
+    path = tmp_path / "run" / "fine_tune.pt"
+    whole = path.read_bytes()
+    epochs = load_state(path)["epoch"]
+    path.write_bytes(whole[: whole.index(checkpoint.SUM)])  # as older versions wrote it
+    assert load_state(path)["epoch"] == epochs
+    for place in range(1000, len(whole), len(whole) // 20):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match=r"fine_tune\.pt, which cannot be read"):
+            load_state(path)
 
 
 def test_a_folder_that_is_being_written_is_refused_to_a_second_process(tmp_path):

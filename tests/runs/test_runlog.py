@@ -87,7 +87,7 @@ def test_a_row_is_read_back_as_append_returned_it(tmp_path: Path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, torch.tensor(math.nan)])
 def test_numbers_that_json_lacks_are_written_as_null(tmp_path: Path, value: object):
     RunLog(tmp_path / "r.jsonl").append("epoch", loss=value)
-    assert (tmp_path / "r.jsonl").read_text() == '{"kind": "epoch", "loss": null}\n'
+    assert (tmp_path / "r.jsonl").read_text().startswith('{"kind": "epoch", "loss": null, ')
 
 
 def test_a_value_without_json_form_is_refused_and_nothing_is_written(tmp_path: Path):
@@ -137,6 +137,24 @@ def test_a_broken_middle_line_is_named(tmp_path: Path, broken: bytes):
     path.write_bytes(b"\n".join([lines[0], broken, lines[2]]) + b"\n")
     with pytest.raises(ValueError, match=r"got no JSON row in line 2 of .*r\.jsonl; need .*; do"):
         runlog.read(path)
+
+
+@pytest.mark.parametrize(("old", "new"), [(b"0.6,", b"0.7,"), (b'"sum"', b'"sun"'), (b"2", b"3")])
+def test_a_row_that_was_changed_is_told_by_its_line(tmp_path: Path, old: bytes, new: bytes):
+    path = written(tmp_path / "r.jsonl", ("weight_stage", 1, 0.5), ("weight_stage", 2, 0.6))
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert old in lines[2]
+    path.write_bytes(b"".join([*lines[:2], lines[2].replace(old, new, 1)]))
+    with pytest.raises(ValueError, match=r"got another checksum .* line 3 of .*; need .*; do"):
+        runlog.read(path)
+
+
+def test_a_record_of_an_older_version_has_no_checksums_and_goes_on_with_them(tmp_path: Path):
+    path, old = tmp_path / "r.jsonl", {"kind": "epoch", "stage": "arch_stage", "epoch": 1}
+    path.write_text(json.dumps(old) + "\n")
+    new = RunLog(path).append("epoch", stage="arch_stage", epoch=2)
+    assert runlog.read(path) == [old, new]
+    assert ["sum" in json.loads(line) for line in path.read_text().splitlines()] == [False, True]
 
 
 def test_a_missing_record_and_another_format_are_told(tmp_path: Path):
