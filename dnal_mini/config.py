@@ -16,6 +16,7 @@ from dnal_mini.methods import METHODS
 from dnal_mini.methods.contract import Method, Scorer
 from dnal_mini.methods.dnal import DNAL
 from dnal_mini.pruning.pruner import Residual
+from dnal_mini.refused import Refused
 from dnal_mini.training.schedules import ScheduleName
 from dnal_mini.training.stage import Feed, Stage
 
@@ -38,9 +39,9 @@ class Budget:
         given = {name: share for name, share in vars(self).items() if share is not None}
         if len(given) != 1:
             got = " and ".join(given) or "none"
-            raise ValueError(f"got budget {got}; need one of {', '.join(vars(self))}; do name one")
+            raise Refused(f"got budget {got}; need one of {', '.join(vars(self))}; do name one")
         if not 0 < self.share < 1:
-            raise ValueError(
+            raise Refused(
                 f"got budget.{self.metric} {given[self.metric]}; need a share of the dense net's "
                 "between 0 and 1, such as 0.3"
             )
@@ -67,7 +68,7 @@ class SearchConfig:
         (0.003, 2)
         >>> config.replace(batch=0)
         Traceback (most recent call last):
-        ValueError: got batch 0; need 2 or more
+        dnal_mini.refused.Refused: got batch 0; need 2 or more
     """
 
     name: str = "digits"
@@ -153,17 +154,17 @@ class SearchConfig:
         _check(self, RANGES)
         _check(self.method, self.method.ranges)
         if self.method.needs_budget and self.budget is None:
-            raise ValueError(
+            raise Refused(
                 f"got method {self.method.name!r} without a budget; need one: it ranks channels, "
                 "and does not know how many to keep; do add --budget.macs 0.3"
             )
         if self.method.trains_from_start and self.baseline != "none":
-            raise ValueError(
+            raise Refused(
                 "got an optimisation that trains the weights itself, with a baseline to go on "
                 "from; need --baseline none"
             )
         if self.nesterov and self.momentum == 0:
-            raise ValueError("got nesterov with momentum 0; need momentum; do set --momentum 0.9")
+            raise Refused("got nesterov with momentum 0; need momentum; do set --momentum 0.9")
 
     def settings(self) -> dict[str, Any]:
         """All settings, flat and JSON-able: those of the method beside the others."""
@@ -191,7 +192,7 @@ class SearchConfig:
         for name in changes:
             if known(name, {*own, *method_fields()}, "field") not in own | theirs:
                 owner = next(m for m in METHODS.values() if name in {f.name for f in fields(m)})
-                raise ValueError(
+                raise Refused(
                     f"got {name} for method {kind.name}, which has no such field; need one of "
                     f"{', '.join(sorted(theirs)) or 'those of the run'}; do add --method "
                     f"{owner.name}, or leave it out"
@@ -287,17 +288,17 @@ def _check(part: SearchConfig | Method, ranges: Mapping[str, tuple[float, float]
         if get_origin(hint) is Literal:
             words = get_args(hint)
             if value not in words:
-                raise ValueError(f"got {name} {value!r}; need one of {', '.join(words)}")
+                raise Refused(f"got {name} {value!r}; need one of {', '.join(words)}")
         elif not isinstance(value, (int, float) if hint is float else hint) or (
             isinstance(value, bool) and hint is not bool
         ):
             kind = getattr(hint, "__name__", str(hint))
-            raise ValueError(f"got {name} {value!r}; need a value of type {kind}")
+            raise Refused(f"got {name} {value!r}; need a value of type {kind}")
     for name, (low, high) in ranges.items():
         value = getattr(part, name)
         if not (low <= value <= high and math.isfinite(value)):
             above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-            raise ValueError(f"got {name} {value}; need {above}")
+            raise Refused(f"got {name} {value}; need {above}")
 
 
 def method_fields() -> set[str]:
@@ -331,4 +332,4 @@ def known(word: str, names: Iterable[str], what: str) -> str:
     near = begin or difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     need = " or ".join(near) if near else f"one of {', '.join(sorted(names))}"
     help_ = {"field": "dnal run --help", "recipe": "dnal recipes"}.get(what, "dnal --help")
-    raise ValueError(f"got {what} {word!r}; need {need}; do see {help_}")
+    raise Refused(f"got {what} {word!r}; need {need}; do see {help_}")

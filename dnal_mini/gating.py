@@ -16,6 +16,7 @@ from dnal_mini.graph.capture import replace_module, trace
 from dnal_mini.graph.ops import is_activation
 from dnal_mini.layers.gated_norm import GatedNorm
 from dnal_mini.layers.scaled_sigmoid import Mode, ScaledSigmoid
+from dnal_mini.refused import Refused
 
 Order = Literal["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"]
 
@@ -51,9 +52,9 @@ def add_gates(
         True
     """
     if order not in get_args(Order):
-        raise ValueError(f"got order {order!r}; need one of {', '.join(get_args(Order))}")
+        raise Refused(f"got order {order!r}; need one of {', '.join(get_args(Order))}")
     if gates(net):
-        raise ValueError("got a net that has gates already; need a plain one: gate a fresh net")
+        raise Refused("got a net that has gates already; need a plain one: gate a fresh net")
     own = getattr(net, "gate_here", None)
     chosen = where or ((lambda name, norm: own(name)) if own else (lambda name, norm: True))
     net = copy.deepcopy(net)
@@ -63,7 +64,7 @@ def add_gates(
         if isinstance(module, nn.BatchNorm2d) and chosen(name, module)
     }
     if not sites:
-        raise ValueError(
+        raise Refused(
             "got no BatchNorm2d to gate; need at least one: change `where` or the network"
         )
     if order == "conv-bn-relu-ss":
@@ -104,7 +105,7 @@ def put_behind_activation(traced: fx.GraphModule, norm: fx.Node, module: nn.Modu
     site = users[0] if len(users) == 1 and is_activation(users[0], traced) else norm
     name = f"{norm.target}_gate"
     if name in dict(traced.named_modules()):
-        raise ValueError(f"{norm.target} is called twice; need one call per gated BatchNorm")
+        raise Refused(f"{norm.target} is called twice; need one call per gated BatchNorm")
     traced.add_submodule(name, module)
     with traced.graph.inserting_after(site):
         gate = traced.graph.call_module(name)
@@ -140,11 +141,11 @@ def set_gates(
         {('soft', 100.0)}
     """
     if mode is not None and mode not in get_args(Mode):
-        raise ValueError(f"got mode {mode!r}; need one of {', '.join(get_args(Mode))}")
+        raise Refused(f"got mode {mode!r}; need one of {', '.join(get_args(Mode))}")
     if delta is not None and not (math.isfinite(delta) and delta > 0):
-        raise ValueError(f"got delta {delta}; need a finite number above 0")
+        raise Refused(f"got delta {delta}; need a finite number above 0")
     if threshold is not None and not 0 < threshold < 1:
-        raise ValueError(f"got threshold {threshold}; need a number between 0 and 1")
+        raise Refused(f"got threshold {threshold}; need a number between 0 and 1")
     for gate in gates(net).values():
         gate.mode = gate.mode if mode is None else mode
         gate.threshold = gate.threshold if threshold is None else threshold
@@ -180,11 +181,11 @@ def delta_schedule(epochs: int, form: DeltaForm = "paper", delta_max: float = 1e
         [6.3, 39.8, 251.2, 1584.9, 10000.0]
     """
     if epochs < 1:
-        raise ValueError(f"got {epochs} epochs; need at least 1")
+        raise Refused(f"got {epochs} epochs; need at least 1")
     if not (math.isfinite(delta_max) and delta_max >= 1):
-        raise ValueError(f"got delta_max {delta_max}; need a finite number of at least 1")
+        raise Refused(f"got delta_max {delta_max}; need a finite number of at least 1")
     if form not in get_args(DeltaForm):
-        raise ValueError(f"got form {form!r}; need one of {', '.join(get_args(DeltaForm))}")
+        raise Refused(f"got form {form!r}; need one of {', '.join(get_args(DeltaForm))}")
     if form == "constant" or epochs == 1:
         return [delta_max] * epochs
     if form == "code":

@@ -18,6 +18,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dnal_mini"
 ROWS = [  # a package or module imports only from itself and from rows above its own
+    {"refused"},
     {"layers", "data", "figures"},
     {"graph"},
     {"gating", "models", "training"},
@@ -162,6 +163,19 @@ def test_a_file_is_one_idea_and_a_function_one_step(path: Path):
         count = len([arg for arg in given if arg.arg not in ("self", "cls")])
         assert lines <= 60, f"{each.name} has {lines} lines"
         assert count <= 8, f"{each.name} has {count} parameters"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_what_is_not_so_is_refused_by_class(path: Path):
+    """A ``ValueError`` of ours is a ``Refused``, so that it is never told by its text."""
+    raised = {
+        node.exc.func.id
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and isinstance(node.exc.func, ast.Name)
+    }
+    assert "ValueError" not in raised
 
 
 def test_no_function_hides_a_module_and_the_public_names_come_from_one_place():

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 from dnal_mini.config import Budget, SearchConfig, known
 from dnal_mini.methods import METHODS
+from dnal_mini.refused import Refused
 
 
 def overrides(words: list[str], config: SearchConfig) -> dict[str, Any]:
@@ -30,12 +31,12 @@ def overrides(words: list[str], config: SearchConfig) -> dict[str, Any]:
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         if not flag.startswith("--"):
-            raise ValueError(f"got {flag!r} alone; need --field value; do put the recipe first")
+            raise Refused(f"got {flag!r} alone; need --field value; do put the recipe first")
         name = flag[2:].replace("-", "_").replace("target_macs", "budget.macs")
         name = known(name, [*names, *budget], "field")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
+                raise Refused(f"got {flag} alone; need {flag} VALUE; do add the value")
             text = rest.pop(0)
         if name in budget:
             share[name.partition(".")[2]] = typed(flag, text, float)
@@ -60,7 +61,7 @@ def typed(flag: str, value: Any, kind: Any) -> Any:
         choices = (True, False) if kind is bool else getattr(kind, "__args__", (kind,))
         need = " or ".join(str(getattr(choice, "__name__", choice)) for choice in choices)
         got = " ".join(repr(word) for word in values)
-        raise ValueError(f"got {flag} {got}; need {need}; do see dnal run --help") from None
+        raise Refused(f"got {flag} {got}; need {need}; do see dnal run --help") from None
 
 
 def take(words: list[str], flag: str) -> str | None:
@@ -72,7 +73,7 @@ def take(words: list[str], flag: str) -> str | None:
         name, equals, text = word.partition("=")
         if name == flag:
             if not equals and not words[at + 1 :]:
-                raise ValueError(f"got {flag} alone; need {flag} VALUE; do add the value")
+                raise Refused(f"got {flag} alone; need {flag} VALUE; do add the value")
             text = text if equals else words[at + 1]
             del words[at : at + (1 if equals else 2)]
             return text

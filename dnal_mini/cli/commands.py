@@ -28,6 +28,7 @@ from dnal_mini.config import PATHS, Budget, SearchConfig, known
 from dnal_mini.deployment.export import export
 from dnal_mini.methods import METHODS
 from dnal_mini.recipes import RECIPES
+from dnal_mini.refused import Refused
 from dnal_mini.runs import aggregate, origin, runlog, tables
 from dnal_mini.runs.reopen import nets_in, settings_in
 from dnal_mini.search import driver, sweep
@@ -95,9 +96,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str | None:
-    """The error as one line of got, need, do; None if it is no message for a user."""
+    """The error as one line of got, need, do; None if it is a fault of the program."""
     text = " ".join(str(error).split())
-    if "got " in text and ";" in text:
+    told = isinstance(error, OSError) and error.errno is None  # in words of our own
+    if told or isinstance(error, Refused | FloatingPointError):
         return text
     if isinstance(error, PermissionError):
         return f"got no permission for {error.filename}; need access to it; do choose another path"
@@ -144,7 +146,7 @@ def _resume(words: list[str]) -> None:
     paths, _ = paths_and_switches(words, ())
     if len(paths) != 1 or not paths[0].is_dir():
         got = " ".join(words) or "no folder"
-        raise ValueError(f"got {got}; need the one folder of a run; do look at what dnal run said")
+        raise Refused(f"got {got}; need the one folder of a run; do look at what dnal run said")
     if tables.summary(paths[0])["finished"]:
         print(tables.final_table(paths[0]))
         return
@@ -164,7 +166,7 @@ def _sweep(words: list[str]) -> None:
     if len(asked) != 1:
         got = " and ".join(flags[name] for name in asked) or "nothing that the runs differ in"
         need = "one of " + ", ".join(f"{flag} V1 V2 ..." for name, flag in flags.items() if name)
-        raise ValueError(f"got {got}; need {need}; do name what the runs differ in")
+        raise Refused(f"got {got}; need {need}; do name what the runs differ in")
     ((field, texts),) = asked.items()
     values = [typed(field, text, float) for text in texts]
     seeds = take_all(rest, "--seed")
@@ -192,7 +194,7 @@ def _sweep(words: list[str]) -> None:
     _report([str(folder)])
     if failed:
         need = "what their lines above say; do type the command again"
-        raise ValueError(f"got failures: {', '.join(failed)}; need {need}")
+        raise Refused(f"got failures: {', '.join(failed)}; need {need}")
 
 
 def _report(words: list[str]) -> None:
@@ -201,7 +203,7 @@ def _report(words: list[str]) -> None:
     figure = take(rest, "--figure")
     paths, switches = paths_and_switches(rest, ("--epochs", "--markdown", "--figure"))
     if not paths:
-        raise ValueError("got no run to report; need its folder or record; do name one or more")
+        raise Refused("got no run to report; need its folder or record; do name one or more")
     sweeps = [path for path in paths if (path / sweep.FILE_NAME).exists()]
     asked = [run for path in paths for run in (sweep.runs(path) if path in sweeps else [path])]
     left = [run for path in sweeps for run in sweep.runs(path) if not run.exists()]
@@ -226,7 +228,7 @@ def _export(words: list[str]) -> None:
     paths, switches = paths_and_switches(rest, ("--deploy", "--no-deploy"))
     if len(paths) != 1 or len(switches) > 1:
         got = " ".join(words) or "nothing to export"
-        raise ValueError(f"got {got}; need one run folder or .safetensors file; do see dnal --help")
+        raise Refused(f"got {got}; need one run folder or .safetensors file; do see dnal --help")
     nets, image_shape = nets_in(paths[0])
     folder = Path(out) if out else paths[0] if paths[0].is_dir() else paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)

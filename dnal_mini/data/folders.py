@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+from dnal_mini.refused import Refused
+
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-def refusal(place: Path, got: str, need: str, do: str) -> ValueError:
+def refusal(place: Path, got: str, need: str, do: str) -> Refused:
     """One line: what was found at a place, what is needed, what to do."""
-    return ValueError(f"{place}: got {got}; need {need}; {do}")
+    return Refused(f"{place}: got {got}; need {need}; {do}")
 
 
 def line_of(error: BaseException) -> str:

@@ -3,12 +3,15 @@
 No data loader and no worker process: a batch is ``split.batch(indices)``. First: ``ImageSet``.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from dnal_mini.refused import Refused
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,21 @@ class ImageSet:
         """Channels, height, width."""
         return self.train.image_shape
 
+    def fingerprint(self) -> str:
+        """16 hex digits that tell sets apart, the same on every device; 0.01 s for 50,000 images.
+
+        SHA-256 of class names, lengths, shapes, all labels and 64 images, evenly spread, of train
+        and of val: a change that keeps all of these goes unnoticed.
+        """
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for split in (self.train, self.val):
+            some = min(64, len(split))
+            places = torch.arange(some) * len(split) // max(some, 1)
+            images = split.images[places.to(split.device)].cpu().contiguous()
+            digest.update(repr(tuple(split.images.shape)).encode())
+            digest.update(split.labels.cpu().numpy().tobytes() + images.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
 
 def carve(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Indices that stay and ``count`` indices drawn by ``seed``, both ascending.
@@ -87,7 +105,7 @@ def carve(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     sizes = torch.bincount(labels)
     most = int((sizes - 1).clamp(min=0).sum())
     if not 1 <= count <= most:
-        raise ValueError(
+        raise Refused(
             f"got {count} images to draw; need 1 to {most}, so that each class keeps one of its"
             f" {len(labels)} images; change --val (val=) or --train-images"
         )

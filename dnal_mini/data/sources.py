@@ -12,6 +12,7 @@ from dnal_mini.data.folders import image_files, layout, line_of, pass_instead, r
 from dnal_mini.data.imagecache import cache_folders, image_size_of, load_split
 from dnal_mini.data.imageset import ImageSet, Split, carve, carved_set, channel_statistics
 from dnal_mini.data.torchvision import fix_torchvision
+from dnal_mini.refused import Refused
 
 # Customary for CIFAR-10: over its 50,000 training images, per channel.
 CIFAR10_MEAN = (0.4914, 0.4824, 0.4467)
@@ -182,5 +183,5 @@ def _cifar10_archive(
 def _data_root(root: Path | str | None) -> Path:
     path = root or os.environ.get("DNAL_DATA")
     if path is None or path == "":
-        raise ValueError("got no data folder; need one; pass --data-dir (root), or set DNAL_DATA")
+        raise Refused("got no data folder; need one; pass --data-dir (root), or set DNAL_DATA")
     return Path(path).expanduser()

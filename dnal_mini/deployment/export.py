@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dnal_mini.deployment.fold import deploy, refuse_gates
+from dnal_mini.refused import Refused
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}  # file against network, relative
 
@@ -70,9 +71,9 @@ def export(
     path = Path(path)
     write = {".pt2": _write_pt2, ".onnx": _write_onnx}.get(path.suffix)
     if write is None:
-        raise ValueError(f"got file name {path.name!r}; need .pt2 or .onnx at its end; do add it")
+        raise Refused(f"got file name {path.name!r}; need .pt2 or .onnx at its end; do add it")
     if not path.parent.is_dir():
-        raise ValueError(f"got folder {path.parent}; need one that is there; do create it")
+        raise Refused(f"got folder {path.parent}; need one that is there; do create it")
     if path.suffix == ".onnx":
         for name in ONNX_PACKAGES:
             _package(name)
@@ -89,7 +90,7 @@ def export(
         difference = _difference(eager, run, image_shape)
         limit = TOLERANCES[images.dtype]
         if not difference <= limit:
-            raise ValueError(
+            raise Refused(
                 f"got {path.name} that differs from the net by {difference:.1e} of its largest "
                 f"output; need {limit:.0e}; do look for infinite weights or export in float64"
             )
@@ -120,7 +121,7 @@ def onnx_runner(
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has a class per kind of damage, none of them public
         what = f"{len(source)} bytes" if isinstance(source, bytes) else source
-        raise ValueError(
+        raise Refused(
             f"got {what} ({_reason(error)}); need a whole ONNX model; do export it anew"
         ) from error
     name = session.get_inputs()[0].name
@@ -146,7 +147,7 @@ def _write_onnx(net: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor]
             _program(net, images), (), dynamo=True, input_names=["images"], verbose=False
         )
     except torch.onnx.errors.OnnxExporterError as error:
-        raise ValueError(
+        raise Refused(
             f"got a {type(net).__name__} whose {_operator(error)} ONNX does not have; "
             "need operators that it has; do write .pt2 or replace the operator"
         ) from error
@@ -168,7 +169,7 @@ def _program(net: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     try:
         program = torch.export.export(net, (images,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises many kinds, half of them not public
-        raise ValueError(
+        raise Refused(
             f"got a {type(net).__name__} that torch.export cannot follow ({_reason(error)}); "
             "need a forward that is the same for every batch; do change that line"
         ) from error
@@ -196,7 +197,7 @@ def _images(net: nn.Module, batch: int, image_shape: Sequence[int]) -> Tensor:
     """
     dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
     if dtype not in TOLERANCES:
-        raise ValueError(f"got a net in {dtype}; need float32 or float64; do convert a copy")
+        raise Refused(f"got a net in {dtype}; need float32 or float64; do convert a copy")
     draw = torch.Generator().manual_seed(batch)
     return torch.randn(batch, *image_shape, generator=draw, dtype=dtype)
 
@@ -208,7 +209,7 @@ def _outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
         output = net(images)
     except RuntimeError as error:
         shape = tuple(images.shape[1:])
-        raise ValueError(
+        raise Refused(
             f"got image_shape {shape} ({_reason(error)}); need one that the net takes; do change it"
         ) from error
     return list(_tensors(output))
@@ -228,7 +229,7 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             f"got no package {name} ({error}); need it for ONNX; do pip install dnal-mini[export]"
         ) from None
 

@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from dnal_mini.gating import gates
 from dnal_mini.graph.capture import replace_module, trace
 from dnal_mini.graph.ops import CONVS, NORMS, TRANSPOSED, is_activation
+from dnal_mini.refused import Refused
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -54,7 +55,7 @@ def deploy(net: nn.Module) -> nn.Module:
 
 def refuse_gates(net: nn.Module) -> None:
     if count := len(gates(net)):
-        raise ValueError(f"got a net with {count} gates; need one without; do prune it first")
+        raise Refused(f"got a net with {count} gates; need one without; do prune it first")
 
 
 def _module(node: fx.Node, graph: fx.GraphModule) -> Any:

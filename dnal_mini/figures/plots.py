@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dnal_mini.figures.colours import AMBER, BLUE, COLOURS, INK, PURPLE, colour, looks
+from dnal_mini.refused import Refused
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,9 +50,9 @@ def _frame(table: Table, *columns: str) -> "pd.DataFrame":
     frame = pd.DataFrame(table)
     missing = [name for name in columns if name not in frame]
     if missing:
-        raise ValueError(f"got columns {list(frame)}; need {', '.join(missing)} too")
+        raise Refused(f"got columns {list(frame)}; need {', '.join(missing)} too")
     if frame.empty:
-        raise ValueError("got a table without rows; need at least one")
+        raise Refused("got a table without rows; need at least one")
     return frame
 
 
@@ -136,7 +137,7 @@ def training_curves(
     seeds = [part for _, part in frame.groupby("seed")] if "seed" in frame else [frame]
     seeds = [part.reset_index(drop=True) for part in seeds]
     if any(list(part["stage"]) != list(seeds[0]["stage"]) for part in seeds):
-        raise ValueError("got seeds with different epochs; need the same stages for each")
+        raise Refused("got seeds with different epochs; need the same stages for each")
     stages = seeds[0]["stage"]
     epoch = np.arange(1, len(stages) + 1)
     for stage in stages.unique():
@@ -196,7 +197,7 @@ def channel_sets(table: Table, ax: "Axes", *, title: str) -> "Axes":
 
     frame = _frame(table, "layer", "channel", "fate")
     if unknown := sorted(set(frame["fate"]) - set(FATES)):
-        raise ValueError(f"got fate {unknown[0]!r}; need one of {', '.join(FATES)}")
+        raise Refused(f"got fate {unknown[0]!r}; need one of {', '.join(FATES)}")
     layers = list(dict.fromkeys(frame["layer"]))
     left = frame["channel"].to_numpy(dtype=float)[:, None, None]
     row = frame["layer"].map({layer: k for k, layer in enumerate(layers)}).to_numpy()[:, None, None]

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from dnal_mini.figures import svg
 from dnal_mini.figures.svg import BOTTOM, DARK, HEIGHT, LEFT, LIGHT, RIGHT, TOP, WIDTH, Axes, Frame
+from dnal_mini.refused import Refused
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 
@@ -57,18 +58,18 @@ class SliderFigure:
         self.values = [float(value) for value in values]
         self.scale, self.start = scale, start
         if len(self.values) < 2 or any(a >= b for a, b in itertools.pairwise(self.values)):
-            raise ValueError(f"got slider values {self.values}; need at least two, growing")
+            raise Refused(f"got slider values {self.values}; need at least two, growing")
         if scale == "log" and self.values[0] <= 0:
-            raise ValueError(f"got slider value {self.values[0]} on a log scale; need it above 0")
+            raise Refused(f"got slider value {self.values[0]} on a log scale; need it above 0")
         if not 0 <= start < len(self.values):
-            raise ValueError(f"got start {start}; need an index below {len(self.values)}")
+            raise Refused(f"got start {start}; need an index below {len(self.values)}")
         self.frames = [self.frame(value) for value in self.values]
 
     def frame(self, value: float) -> Frame:
         """The data function's frame at a value, checked against the axes."""
         frame = self.draw(value)
         if len(frame.panels) != len(self.axes):
-            raise ValueError(f"got {len(frame.panels)} panels; need one for each of the axes")
+            raise Refused(f"got {len(frame.panels)} panels; need one for each of the axes")
         return frame
 
     def marks(self, frame: Frame) -> list[str]:

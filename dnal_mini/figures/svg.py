@@ -15,6 +15,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dnal_mini.refused import Refused
+
 Colour = Literal["blue", "vermilion", "green", "purple", "amber", "grey"]
 
 
@@ -86,9 +88,9 @@ class Axes:
     def __post_init__(self) -> None:
         for (low, high), log in ((self.x_range, self.x_log), (self.y_range, self.y_log)):
             if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ValueError(f"got range ({low}, {high}); need two finite numbers, lower first")
+                raise Refused(f"got range ({low}, {high}); need two finite numbers, lower first")
             if log and low <= 0:
-                raise ValueError(f"got range ({low}, {high}) on a log axis; need it above 0")
+                raise Refused(f"got range ({low}, {high}) on a log axis; need it above 0")
 
     def to_x(self, x: ArrayLike) -> NDArray[np.float64]:
         """Horizontal place in the picture."""

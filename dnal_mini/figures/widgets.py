@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dnal_mini.figures.slider import SliderFigure
 from dnal_mini.figures.svg import Axes, Bars, Colour, Dots, Frame, Line, Mark
+from dnal_mini.refused import Refused
 
 
 def gate_figure(s: ArrayLike, deltas: Iterable[float]) -> SliderFigure:
@@ -115,7 +116,7 @@ def microscope_figure(rows: Sequence[dict[str, Any]], name: str) -> SliderFigure
     """
     looks = {row["epoch"]: row for row in rows if row["kind"] == "look"}
     if len(looks) < 2:
-        raise ValueError(f"got {len(looks)} looks; need two or more: a record of the microscope")
+        raise Refused(f"got {len(looks)} looks; need two or more: a record of the microscope")
     trained = [row for row in rows if row["kind"] == "epoch" and row["stage"] == "arch_stage"]
     after = {row["epoch"]: row for row in trained}
     layers = list(looks[min(looks)]["layers"].values())

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
+from dnal_mini.refused import Refused
+
 
 class LeafTracer(fx.Tracer):
     """Traces a network down to torch's layers and to modules marked ``fx_leaf``."""
@@ -28,7 +30,7 @@ def trace(net: nn.Module) -> fx.GraphModule:
         graph = LeafTracer().trace(net)
     except Exception as error:  # torch.fx raises whatever the user's forward raises on a proxy
         reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(
+        raise Refused(
             f"got a {type(net).__name__} that torch.fx cannot trace ({reason}{_line_of(error)}); "
             "need a forward without data-dependent control flow"
         ) from error

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dnal_mini.refused import Refused
+
 
 class ChannelMap(nn.Module):
     """Output channel j is input channel ``source[j]``, or all zeros where ``source[j]`` is -1.
@@ -27,7 +29,7 @@ class ChannelMap(nn.Module):
         super().__init__()
         source = torch.as_tensor(source, dtype=torch.long)
         if source.dim() != 1 or len(source) == 0 or int(source.min()) < -1 or stride < 1:
-            raise ValueError(f"got source {source.tolist()}, stride {stride}; need indices >= -1")
+            raise Refused(f"got source {source.tolist()}, stride {stride}; need indices >= -1")
         self.stride = stride
         self.all_there = int(source.min()) >= 0
         self.register_buffer("source", source, persistent=False)

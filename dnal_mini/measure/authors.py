@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dnal_mini.gating import gates
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.measure.cost import layer_calls, layer_row, layer_table
+from dnal_mini.refused import Refused
 
 
 class AuthorsCount(NamedTuple):
@@ -98,7 +99,7 @@ def masked_rule(net: nn.Module, beside: Sequence[str] = BESIDE) -> dict[str, Ten
         after = next(n for n, m in layers[place:] if not isinstance(m, ScaledSigmoid))
         repeats = masks[after].shape[1] // len(closed)  # pixels of a channel that was flattened
         if repeats * len(closed) != masks[after].shape[1]:
-            raise ValueError(f"got {len(closed)} gates {name} before {after}; need equal widths")
+            raise Refused(f"got {len(closed)} gates {name} before {after}; need equal widths")
         masks[after][:, closed.repeat_interleave(repeats)] = False
     return masks
 

@@ -23,6 +23,7 @@ from dnal_mini.layers.gated_norm import GatedNorm
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.measure.cost import cost
 from dnal_mini.measure.latency import interleaved
+from dnal_mini.refused import Refused
 
 FORMS = {
     "eager": "as it is",
@@ -148,18 +149,18 @@ def compare(
 def _check(dense: nn.Module, small: nn.Module, batches: Sequence, forms: Sequence[str]) -> str:
     """Refuse what cannot be compared; returns the device that both nets are on."""
     if unknown := [form for form in forms if form not in FORMS]:
-        raise ValueError(f"got form {unknown[0]!r}; need one of {', '.join(FORMS)}")
+        raise Refused(f"got form {unknown[0]!r}; need one of {', '.join(FORMS)}")
     if not batches or not forms:
-        raise ValueError(f"got batches {batches!r}, forms {forms!r}; need at least one of each")
+        raise Refused(f"got batches {batches!r}, forms {forms!r}; need at least one of each")
     if count := len(gates(small)):
-        raise ValueError(
+        raise Refused(
             f"got a small net with {count} gates: it is masked, not pruned, and saves nothing; "
             "need one without; do prune it first"
         )
     tensors = chain(*(t for net in (dense, small) for t in (net.parameters(), net.buffers())))
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
-        raise ValueError(f"got nets on {' and '.join(sorted(devices))}; need one device; move one")
+        raise Refused(f"got nets on {' and '.join(sorted(devices))}; need one device; move one")
     return devices.pop() if devices else "cpu"
 
 
@@ -210,7 +211,7 @@ def _in_form(net: nn.Module, form: str, image_shape: Sequence[int]) -> nn.Module
         return net
     first = next(net.parameters(), torch.zeros(()))
     if first.device.type != "cpu" or first.dtype != torch.float32:
-        raise ValueError(f"runs in float32 on the CPU, these are {first.dtype}, {first.device}")
+        raise Refused(f"runs in float32 on the CPU, these are {first.dtype}, {first.device}")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
         export(net, path, image_shape, fold=True)

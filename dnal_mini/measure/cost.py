@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnal_mini.graph.capture import evaluating
+from dnal_mini.refused import Refused
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
@@ -178,7 +179,7 @@ def layer_calls(
     }
     for layer, name in names.items():
         if not isinstance(layer, (nn.Conv2d, nn.Linear, *NORMS)):
-            raise ValueError(
+            raise Refused(
                 f"got {type(layer).__name__} at {name!r}; need Conv2d, Linear or a norm wherever "
                 "there are parameters; use cost() for the totals"
             )
@@ -222,11 +223,11 @@ def random_images(net: nn.Module, image_shape: Sequence[int], batch: int = 1) ->
     """Random images on the device and in the dtype of the net."""
     shape = tuple(image_shape)
     if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise ValueError(
+        raise Refused(
             f"got image_shape {image_shape!r}; need three positive ints: channels, height, width"
         )
     if not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"got batch {batch!r}; need an int of at least 1")
+        raise Refused(f"got batch {batch!r}; need an int of at least 1")
     images = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
     return images.to(like(net))
 
@@ -245,7 +246,7 @@ def output_of(net: nn.Module, images: Tensor) -> Any:
         raise
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
-        raise ValueError(
+        raise Refused(
             f"got image_shape {tuple(images.shape[1:])}, which the net cannot take ({reason}); "
             "need the shape it was built for"
         ) from error

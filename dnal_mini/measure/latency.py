@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.measure.cost import like, output_of, random_images
+from dnal_mini.refused import Refused
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def interleaved(
     Raises: ValueError for a budget of no seconds or no repetition.
     """
     if not budget_s > 0 or min_repeats < 1:
-        raise ValueError(f"got budget_s {budget_s}, min_repeats {min_repeats}; need both above 0")
+        raise Refused(f"got budget_s {budget_s}, min_repeats {min_repeats}; need both above 0")
     passes = []
     with ExitStack() as stack:
         for net in nets:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from dnal_mini.data.imageset import ImageSet, Split
 from dnal_mini.gating import gates
+from dnal_mini.refused import Refused
 from dnal_mini.training.loop import as_input, autocast
 from dnal_mini.training.stage import Feed
 
@@ -40,9 +41,9 @@ def look(
     Raises: ValueError for fewer images than a batch, or for gates that are not soft.
     """
     if wrong := [name for name, gate in gates(net).items() if gate.mode != "soft"]:
-        raise ValueError(f"got gate {wrong[0]} that is not soft; do set_gates(net, mode='soft')")
+        raise Refused(f"got gate {wrong[0]} that is not soft; do set_gates(net, mode='soft')")
     if len(split) < batch:
-        raise ValueError(f"got {len(split)} images; need at least a batch, {batch}")
+        raise Refused(f"got {len(split)} images; need at least a batch, {batch}")
     net = copy.deepcopy(net).train()
     leaves: dict[str, Tensor] = {}
     for name, gate in gates(net).items():

@@ -14,6 +14,7 @@ from dnal_mini.gating import gates
 from dnal_mini.layers.gated_norm import GatedNorm
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.methods.contract import Method, Subject, Values
+from dnal_mini.refused import Refused
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def filter_norms(net: nn.Module) -> dict[str, Tensor]:
             count = len(module.s)
             conv = _convolution_of(net, name) or last
             if conv is None or conv.out_channels != count:
-                raise ValueError(f"got gate {name} without a convolution of {count} channels")
+                raise Refused(f"got gate {name} without a convolution of {count} channels")
             norms[name] = conv.weight.detach().abs().sum((1, 2, 3))
     return norms
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dnal_mini.gating import gates, weight_parameters
 from dnal_mini.layers.gated_norm import GatedNorm
 from dnal_mini.methods.contract import Method, Subject, Values
+from dnal_mini.refused import Refused
 from dnal_mini.training.stage import Stage, Work
 
 
@@ -75,7 +76,7 @@ def gated_norms(net: nn.Module) -> Iterator[tuple[str, nn.BatchNorm2d]]:
     for name in gates(net):
         holder = net.get_submodule(name.rpartition(".")[0])
         if not isinstance(holder, GatedNorm) or not holder.norm.affine:
-            raise ValueError(
+            raise Refused(
                 f"got gate {name} without a norm that has scales; need one: do --order "
                 "conv-bn-ss-relu, and norms that are affine"
             )

@@ -10,6 +10,8 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
+from dnal_mini.refused import Refused
+
 # Output channels of the 3x3 convolutions; "M" halves height and width.
 LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 HIDDEN = 512  # units of the hidden linear layer
@@ -83,7 +85,7 @@ def vgg16(num_classes: int = 10, width: float = 1.0, image_size: int = 32) -> VG
     """
     check_arguments(num_classes, width)
     if not isinstance(image_size, int) or image_size < SHRINK:
-        raise ValueError(
+        raise Refused(
             f"got image_size {image_size!r}; need an int of at least {SHRINK}, since four pools "
             "halve the image; enlarge the images"
         )
@@ -93,9 +95,9 @@ def vgg16(num_classes: int = 10, width: float = 1.0, image_size: int = 32) -> VG
 def check_arguments(num_classes: int, width: float) -> None:
     """Raise a ValueError if a network of this width and class count cannot be built."""
     if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"got num_classes {num_classes!r}; need an int of at least 1")
+        raise Refused(f"got num_classes {num_classes!r}; need an int of at least 1")
     if not isinstance(width, int | float) or not math.isfinite(width) or width <= 0:
-        raise ValueError(f"got width {width!r}; need a finite number above 0; 1.0 is full width")
+        raise Refused(f"got width {width!r}; need a finite number above 0; 1.0 is full width")
 
 
 def scaled(channels: int, width: float) -> int:

@@ -12,6 +12,7 @@ from dnal_mini.layers.channelmap import ChannelMap
 from dnal_mini.layers.gated_norm import GatedNorm
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.pruning.prepare import lent
+from dnal_mini.refused import Refused
 
 
 def drop_gates(net: nn.Module, absorb: bool = False) -> nn.Module:
@@ -82,7 +83,7 @@ def _without_gate(
         _scale(layer, gain)
         return norm
     if not bool(((gain == 0) | (gain == 1)).all()):
-        raise ValueError(f"got gate {name} with p < 1 and no layer to take it; need absorb=False")
+        raise Refused(f"got gate {name} with p < 1 and no layer to take it; need absorb=False")
     if bool((gain == 1).all()):
         return norm
     places = torch.arange(len(gain), device=gain.device).masked_fill(gain == 0, -1)

@@ -20,6 +20,7 @@ from dnal_mini.pruning.prepare import call_of, describe, modules_around, shape_o
 from dnal_mini.pruning.provenance import Shadow
 from dnal_mini.pruning.replay import Misfit, Walk
 from dnal_mini.pruning.weights import WEIGHTS
+from dnal_mini.refused import Refused
 
 
 def settle(analysis: Analysis, residual: str, min_channels: int = 1, round_to: int = 1) -> Keeps:
@@ -55,7 +56,7 @@ def _give_way(misfit: Misfit, analysis: Analysis, keeps: Keeps) -> None:
         if _count(keeps) > before:
             break  # the second time round all tensors: nothing was left to give at this place
     else:
-        raise ValueError(
+        raise Refused(
             f"got {describe(node, analysis.graph)}, which does not fit the widths it was made for "
             f"({misfit}); need a forward that does the same each time"
         )

@@ -24,6 +24,7 @@ from dnal_mini.pruning.oldformats import in_format_3
 from dnal_mini.pruning.plan import Report
 from dnal_mini.pruning.pruner import FORMAT, Pruned, outputs
 from dnal_mini.pruning.surgery import operate
+from dnal_mini.refused import Refused
 
 PARTS = {"config", "image_shape", "modules", "report", "certificate"}  # of a spec of any format
 
@@ -53,7 +54,7 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
     path = Path(path)
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         what = "which is no regular file" if path.exists() else "in a folder that is not there"
-        raise ValueError(f"got {path}, {what}; need a file name in a folder; do make or change it")
+        raise Refused(f"got {path}, {what}; need a file name in a folder; do make or change it")
     whole = torch.contiguous_format  # a tensor of its own for each name: some share their numbers
     state = small.module.state_dict()
     more = {name: value for name, value in state.items() if not isinstance(value, Tensor)}
@@ -67,7 +68,7 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
         text = json.dumps(small.spec | {"probe": told, "extra_state": more}, sort_keys=True)
     except (TypeError, ValueError) as error:
         names = ", ".join(more) or "its spec"
-        raise ValueError(f"got a net whose {names} is no JSON ({error}); need JSON") from error
+        raise Refused(f"got a net whose {names} is no JSON ({error}); need JSON") from error
     text = json.dumps(json.loads(text) | {"sha256": _digest(text, tensors)}, sort_keys=True)
     part = path.with_name(path.name + ".part")
     try:  # one entry of metadata: the order of several would differ from time to time
@@ -75,7 +76,7 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise ValueError(f"got {error.strerror} for {path}; need room and access") from error
+        raise Refused(f"got {error.strerror} for {path}; need room and access") from error
 
 
 def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
@@ -103,7 +104,7 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
         module.load_state_dict(tensors | spec.pop("extra_state", {}))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise ValueError(f"got {path} of another net than build() gives ({reason})") from error
+        raise Refused(f"got {path} of another net than build() gives ({reason})") from error
     _ask(module, spec["image_shape"], asked, path)
     return Pruned(module, spec, Report(**spec["report"]), spec["certificate"]["absolute"])
 
@@ -123,24 +124,24 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"got {path}, cut short or damaged ({error}); save it again") from error
+        raise Refused(f"got {path}, cut short or damaged ({error}); save it again") from error
     text = metadata.get("dnal_mini")
     if text is None:
-        raise ValueError(f"got {path} without a dnal_mini spec; need a file that save() wrote")
+        raise Refused(f"got {path} without a dnal_mini spec; need a file that save() wrote")
     spec = json.loads(text)
     digest = metadata.get("sha256")  # of older files
     if digest is None:
         digest = spec.pop("sha256", None)
         text = json.dumps(spec, sort_keys=True)
     if digest != _digest(text, tensors):
-        raise ValueError(f"got {path}, edited since it was saved (checksum differs); save it again")
+        raise Refused(f"got {path}, edited since it was saved (checksum differs); save it again")
     if (version := spec.get("format")) not in range(1, FORMAT + 1):
-        raise ValueError(
+        raise Refused(
             f"got {path} of format {version}; need 1 to {FORMAT}; install a later dnal-mini"
         )
     parts = PARTS | ({"keep", "probe"} if version == FORMAT else set())
     if missing := sorted(parts - set(spec)):
-        raise ValueError(f"got {path} whose spec lacks {', '.join(missing)}; save it again")
+        raise Refused(f"got {path} whose spec lacks {', '.join(missing)}; save it again")
     return spec, tensors
 
 
@@ -186,7 +187,7 @@ def _ask(net: nn.Module, image_shape: list[int], asked: dict[str, Any] | None, p
         found = probe(net, image_shape, asked["seed"] if asked else 0)
     except (RuntimeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"got {path} whose net cannot run ({reason}); save it again") from error
+        raise Refused(f"got {path} whose net cannot run ({reason}); save it again") from error
     expected = asked["outputs"] if asked else found
     apart = 0.0 if len(found) == len(expected) else 1.0
     for a, b in zip(expected, found, strict=False):
@@ -194,7 +195,7 @@ def _ask(net: nn.Module, image_shape: list[int], asked: dict[str, Any] | None, p
         largest = max((abs(x - y) for x, y in pairs), default=0.0)
         apart = max(apart, largest / (a["largest"] or 1.0), float(a["shape"] != b["shape"]))
     if not apart <= TOLERANCE:
-        raise ValueError(
+        raise Refused(
             f"got {path} whose outputs are {apart:.1e} of the largest from those that were saved; "
             "need the build() that was pruned; compare its arguments and its forward"
         )

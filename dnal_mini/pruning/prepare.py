@@ -9,6 +9,7 @@ from torch import fx, nn
 from dnal_mini.graph.capture import evaluating, trace
 from dnal_mini.graph.ops import in_place, kind_of
 from dnal_mini.pruning.provenance import BATCH
+from dnal_mini.refused import Refused
 
 
 def graphs_of_both_modes(net: nn.Module) -> list[fx.GraphModule]:
@@ -38,7 +39,7 @@ def graphs_of_both_modes(net: nn.Module) -> list[fx.GraphModule]:
         graphs[0].meta["left_out"] = note
         return graphs[::-1]
     only = min(called[0] - called[1])
-    raise ValueError(
+    raise Refused(
         f"got a {type(net).__name__} that calls {only} in eval mode only and others in train mode "
         "only; need a forward that calls the same modules in both, or at least more in train mode"
     )
@@ -109,7 +110,7 @@ def measure_shapes(graph: fx.GraphModule, image_shape: Sequence[int]) -> None:
             _Shapes(graph).run(torch.zeros(BATCH, *image_shape).to(first))
     except Exception as error:  # whatever the user's forward raises on such an image
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"got image_shape {tuple(image_shape)}, which fails: {reason}") from error
+        raise Refused(f"got image_shape {tuple(image_shape)}, which fails: {reason}") from error
 
 
 def shape_of(node: fx.Node) -> tuple[int, ...]:

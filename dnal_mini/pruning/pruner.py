@@ -26,6 +26,7 @@ from dnal_mini.pruning.foldgates import drop_and_tell
 from dnal_mini.pruning.keepsets import settle
 from dnal_mini.pruning.plan import Report, plan
 from dnal_mini.pruning.surgery import operate, write_numbers
+from dnal_mini.refused import Refused
 
 Residual = Literal["scatter", "tie"]
 
@@ -105,7 +106,7 @@ def prune(
     small, tables, report = cut_net(exact, image_shape, residual, min_channels, round_to, absorb)
     absolute, relative = _difference(exact, small, image_shape)
     if not relative <= TOLERANCE:
-        raise ValueError(f"got outputs that differ by {relative:.1e} of the largest; need 1e-8")
+        raise Refused(f"got outputs that differ by {relative:.1e} of the largest; need 1e-8")
     small.to(_dtype(net))
     spec = {
         "format": FORMAT,
@@ -164,9 +165,9 @@ def _dtype(net: nn.Module) -> torch.dtype:
 
 def _check_options(residual: str, min_channels: int, round_to: int) -> None:
     if residual not in ("scatter", "tie"):
-        raise ValueError(f"got residual {residual!r}; need 'scatter' or 'tie'")
+        raise Refused(f"got residual {residual!r}; need 'scatter' or 'tie'")
     if min_channels < 1 or round_to < 1:
-        raise ValueError(f"got min_channels {min_channels}, round_to {round_to}; need at least 1")
+        raise Refused(f"got min_channels {min_channels}, round_to {round_to}; need at least 1")
 
 
 def _check_numbers(net: nn.Module) -> None:
@@ -175,7 +176,7 @@ def _check_numbers(net: nn.Module) -> None:
     buffers = ((n, b) for n, b in net.named_buffers() if n.rpartition(".")[0] in norms)
     for name, tensor in (*net.named_parameters(), *buffers):  # another buffer may be a mask
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"got NaN or infinite numbers in {name}; need a network that works")
+            raise Refused(f"got NaN or infinite numbers in {name}; need a network that works")
     for name, norm in net.named_modules():
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
             continue
@@ -183,7 +184,7 @@ def _check_numbers(net: nn.Module) -> None:
         untouched = (norm.running_mean == 0) & (norm.running_var == 1)
         fresh = seen is not None and int(seen) == 0 and bool(untouched.all())
         if norm.training and fresh:
-            raise ValueError(
+            raise Refused(
                 f"got a net in training mode whose {name} has seen no batch; need settled "
                 "statistics: run some batches through it, or call eval() if they are meant"
             )
@@ -193,14 +194,14 @@ def _check_gates(net: nn.Module, absorb: bool, max_gap: float) -> None:
     """Raises: ValueError for gates that were never trained, or are not yet switches."""
     every = gates(net)
     if every and all(bool((gate.s == 0).all()) for gate in every.values()):
-        raise ValueError("got gates that all have s = 0; need trained gates: run the arch stage")
+        raise Refused("got gates that all have s = 0; need trained gates: run the arch stage")
     for name, gate in every.items():
         if gate.mode != "soft":
             continue
         p = gate.p.detach()
         gap = float((p * ~gate.is_open if absorb else torch.minimum(p, 1 - p)).max())
         if gap > max_gap:
-            raise ValueError(
+            raise Refused(
                 f"got soft gates: binarisation gap {gap:.2g} in {name}; need at most {max_gap:g}: "
                 "raise delta, set_gates(net, mode='hard') to round them, or allow a larger max_gap"
             )

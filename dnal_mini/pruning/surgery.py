@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dnal_mini.graph.ops import CONVS, TRANSPOSED
 from dnal_mini.layers.channelmap import ChannelMap
 from dnal_mini.pruning.foldgates import Places, make_affine
+from dnal_mini.refused import Refused
 
 UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 
@@ -74,7 +75,7 @@ def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
             module = net.get_submodule(name)
             places.replace(module, _replacement(module, entry, like.device))
     except UNFIT as error:
-        raise ValueError(
+        raise Refused(
             f"got a spec whose {name!r} does not fit this {type(net).__name__} "
             f"({error}); need the architecture and widths it was made of"
         ) from error

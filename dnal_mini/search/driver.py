@@ -22,12 +22,13 @@ from dnal_mini.methods.contract import Designer, Scorer, Subject, Values, Widthe
 from dnal_mini.models import restart
 from dnal_mini.pruning.netfile import save
 from dnal_mini.pruning.pruner import Pruned, prune
-from dnal_mini.runs.reopen import saved
+from dnal_mini.runs.reopen import recorded, saved
 from dnal_mini.runs.runfolder import RunFolder, finished
 from dnal_mini.runs.signals import asked_to_stop
+from dnal_mini.runs.takeover import check_images, images_of
 from dnal_mini.search.budget import impose, nearest, share_of
 from dnal_mini.search.floors import collapse_floors, keep_alive
-from dnal_mini.search.inputs import build, load_data, on_device, placed
+from dnal_mini.search.inputs import build, data_still_there, load_data, on_device, placed
 from dnal_mini.search.price import price_for
 from dnal_mini.search.stages import dense_baseline, fine_tune, run_stage, weight_stage
 from dnal_mini.search.widths import architecture, built
@@ -71,6 +72,8 @@ def run(
         True
     """
     if result := finished(out, config):
+        if "fingerprint" in recorded(Path(out))["data"] and (now := data_still_there(config)):
+            check_images(Path(out), images_of(now))
         return result
     data = load_data(config)
     devices = start_processes(

@@ -37,6 +37,21 @@ def load_data(config: SearchConfig) -> ImageSet:
     return on_device(data, device)
 
 
+def data_still_there(config: SearchConfig) -> ImageSet | None:
+    """The images of a run that is over, on the CPU; None if they are gone or come with the package.
+
+    Nothing is downloaded.
+    """
+    if config.data not in ("cifar10", "folder"):
+        return None
+    usual = "data/cifar10" if config.data == "cifar10" else ""
+    root = config.data_dir or os.environ.get("DNAL_DATA") or usual
+    try:
+        return load_data(config.replace(device="cpu", data_dir=root))
+    except (OSError, ValueError):
+        return None
+
+
 def on_device(data: ImageSet, device: torch.device) -> ImageSet:
     """The set with train and val on a device."""
     return dataclasses.replace(data, train=data.train.to(device), val=data.val.to(device))

@@ -26,6 +26,7 @@ import torch
 
 from dnal_mini.config import MEANS, Budget, SearchConfig, upgraded
 from dnal_mini.methods import METHODS
+from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.signals import terminable
 from dnal_mini.search import driver
@@ -101,9 +102,9 @@ def sweep(
     KeyboardInterrupt (Ctrl-C, SIGTERM) goes through when the runs have ended a step and saved.
     """
     if jobs < 1:
-        raise ValueError(f"got jobs {jobs}; need 1 or more; do give the number of runs at a time")
+        raise Refused(f"got jobs {jobs}; need 1 or more; do give the number of runs at a time")
     if config.devices * config.num_nodes > 1:
-        raise ValueError(
+        raise Refused(
             f"got {config.devices} devices on {config.num_nodes} machines for each run of a sweep; "
             "need 1; do fill them with several runs: --jobs or --ray"
         )
@@ -145,7 +146,7 @@ def plan(
         twice = [value for k, value in enumerate(given) if value in given[:k]]
         if twice or not given:
             got = f"{name} {twice[0]} twice" if twice else f"no {name}"
-            raise ValueError(f"got {got}; need one or more, all different; do name each once")
+            raise Refused(f"got {got}; need one or more, all different; do name each once")
     jobs: list[Job] = []
     part, _, metric = field.partition(".")
     changes: list[dict[str, Any]] = [
@@ -178,7 +179,7 @@ def _asked(out: Path) -> dict[str, Any]:
         asked = json.loads((out / FILE_NAME).read_bytes())
         return {"config": dict(asked["config"]), "runs": list(asked["runs"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise Refused(
             f"got {out / FILE_NAME}, which cannot be read ({error}); need what dnal sweep wrote; "
             "do remove it and type the sweep's command again"
         ) from None
@@ -196,12 +197,12 @@ def _remember(out: Path, config: SearchConfig, asked: list[Job]) -> None:
         for name in sorted({*settings, *theirs} - FREE):
             old, new = theirs.get(name, default.get(name)), settings.get(name)
             if begun and old != new:
-                raise ValueError(
+                raise Refused(
                     f"got {out}, which holds a sweep with {name}={old!r}, not {new!r}; need the "
                     "same settings; do choose another folder (--out)"
                 )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"got {out}, which holds no sweep; need a new folder; do choose --out")
+        raise Refused(f"got {out}, which holds no sweep; need a new folder; do choose --out")
     out.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([*known, *(job.name for job in asked)]))
     part = path.with_suffix(".part")
@@ -229,7 +230,7 @@ def _work(job: Job, on_row: OnRow | None = None) -> str:
     try:
         driver.run(job.config, job.folder, on_row=show, until=job.until)
     except Exception as error:  # whatever it is, the other runs go on
-        if "got " not in str(error):  # a fault of the program: its place is wanted too
+        if not isinstance(error, Refused | FloatingPointError):  # a fault: its place is wanted too
             traceback.print_exc()
         return _line(error)
     return ""
@@ -237,7 +238,8 @@ def _work(job: Job, on_row: OnRow | None = None) -> str:
 
 def _line(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300]
-    return text if "got " in text else f"{type(error).__name__}: {text}"
+    told = isinstance(error, Refused | FloatingPointError)
+    return text if told else f"{type(error).__name__}: {text}"
 
 
 def _reason(future: "Future[str]") -> str:
@@ -338,7 +340,7 @@ def _on_ray(address: str, jobs: int, on_row: OnRow | None) -> Iterator[Start]:
     try:
         ray = import_module("ray")
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             f"got no package ray ({error}); need it for --ray; do pip install dnal-mini[ray]"
         ) from None
     ours = not ray.is_initialized()

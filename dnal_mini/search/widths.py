@@ -7,6 +7,7 @@ from dnal_mini.data.imageset import ImageSet
 from dnal_mini.gating import add_gates, gates
 from dnal_mini.methods.contract import Architecture
 from dnal_mini.pruning.pruner import Pruned, prune
+from dnal_mini.refused import Refused
 from dnal_mini.search.budget import impose
 from dnal_mini.search.inputs import build, placed
 from dnal_mini.training.stage import Row
@@ -23,7 +24,7 @@ def architecture(widths: dict[str, int], config: SearchConfig, data: ImageSet) -
         have = {name: len(gate.s) for name, gate in gates(net).items()}
         if widths.keys() != have.keys() or min(widths.values()) < 1:
             odd = next(iter(widths.keys() ^ have.keys()), min(widths, key=lambda n: widths[n]))
-            raise ValueError(f"got widths that do not fit at {odd}; need 1 or more for every gate")
+            raise Refused(f"got widths that do not fit at {odd}; need 1 or more for every gate")
         if all(have[name] >= width for name, width in widths.items()):
             break
         factor *= max(1.01, *(width / have[name] for name, width in widths.items()))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from dnal_mini.layers.syncnorm import synced_norms
+from dnal_mini.refused import Refused
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -32,7 +33,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"got device {name!r}, which is not here; need e.g. 'cpu'") from error
+        raise Refused(f"got device {name!r}, which is not here; need e.g. 'cpu'") from error
     return device
 
 
@@ -69,11 +70,11 @@ def start_processes(
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = count // devices
     if device.type == "cuda" and devices > torch.cuda.device_count():
-        raise ValueError(f"got devices {devices}; need at most {torch.cuda.device_count()} here")
+        raise Refused(f"got devices {devices}; need at most {torch.cuda.device_count()} here")
     try:
         from lightning_fabric import Fabric
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             f"got {count} processes without Lightning Fabric; need it; "
             "do pip install 'dnal-mini[devices]'"
         ) from error
@@ -102,7 +103,7 @@ def from_first(fabric: "Fabric | None", make: Callable[[], Any]) -> Any:
             answer, raised = ("error", str(error)), error
     kind, value = fabric.broadcast(answer)
     if kind == "error":
-        raise raised or ValueError(value)
+        raise raised or Refused(value)
     return value
 
 

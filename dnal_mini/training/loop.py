@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_mini.data.augment import augment, normalise
 from dnal_mini.data.imageset import ImageSet, Split
+from dnal_mini.refused import Refused
 from dnal_mini.training.devices import (
     ASK_EVERY,
     agreed,
@@ -192,9 +193,9 @@ class _Loop:
 def steps_of(images: int, batch: int, processes: int = 1) -> int:
     """Steps of an epoch. Raises ValueError if a batch is too large or cannot be shared evenly."""
     if batch > images:
-        raise ValueError(f"got batch {batch}; need at most {images} (train images)")
+        raise Refused(f"got batch {batch}; need at most {images} (train images)")
     if batch % processes:
-        raise ValueError(
+        raise Refused(
             f"got batch {batch} for {processes} processes; need a multiple; do change one of them"
         )
     return images // batch

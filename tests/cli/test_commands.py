@@ -21,6 +21,7 @@ from dnal_mini.config import SearchConfig
 from dnal_mini.deployment.export import onnx_runner
 from dnal_mini.methods import METHODS
 from dnal_mini.recipes import RECIPES
+from dnal_mini.refused import Refused
 from dnal_mini.runs import aggregate, runlog, tables
 from dnal_mini.search import driver as search
 
@@ -490,7 +491,7 @@ class Swept(Recorder):
     def __call__(self, config: SearchConfig, out: Path, on_row: Callable, until: str | None):
         name = "/".join(Path(out).parts[-2:])
         if name in self.bad:
-            raise ValueError("got no luck; need some; do try again")
+            raise Refused("got no luck; need some; do try again")
         self.finished = until is None
         super().__call__(config, out, lambda steps, text: steps, on_row)
 
@@ -612,8 +613,8 @@ def test_export_of_a_run_writes_its_dense_and_its_pruned_net(
 
 def test_without_a_baseline_the_dense_net_is_that_of_stage_1(finished: Path, folder: Path):
     shutil.copytree(finished, "r")
-    settings = json.loads(Path("r/config.json").read_text())
-    Path("r/config.json").write_text(json.dumps(settings | {"baseline": "none"}))
+    for name in ("config.json", "record.jsonl"):
+        Path("r", name).write_text(Path("r", name).read_text().replace("weight-epochs", "none"))
     assert main(["export", "r", "--format=pt2", "--no-deploy"]) == 0
     new = {path.name for path in Path("r").iterdir()} - {path.name for path in finished.iterdir()}
     assert new == {"dense.pt2", "pruned.pt2"}
@@ -684,3 +685,23 @@ def test_a_run_whose_checkpoint_is_gone_or_of_another_net_is_told(
     assert "baseline.pt" in refusal(capsys, "export", ".")
     Path("config.json").unlink()
     assert "config.json" in refusal(capsys, "export", ".")
+
+
+# A fault of the program is no refusal ----------------------------------------------------------
+
+
+def test_a_fault_whose_text_looks_like_a_refusal_is_a_traceback(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Told by class, never by text: torch's own errors contain "got", too."""
+
+    def broken(*words: object, **more: object) -> None:
+        raise ValueError("expected 4D input (got 3D input); a fault")
+
+    monkeypatch.setattr(search, "run", broken)
+    with pytest.raises(ValueError, match="a fault"):
+        main(["run", "--data", "toy", "--out", "r"])
+    assert main(["sweep", "--gate-price", "1e-3", "--out", "s"]) == 2
+    told = capsys.readouterr().err
+    assert "failed: ValueError: expected 4D input" in told
+    assert "Traceback" in told  # its place is wanted
