@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from dnal_mini.gating import gates
+from dnal_mini.refused import Refused
 from dnal_mini.runs.runlog import Row, plain
 from dnal_mini.training.position import Position
 from dnal_mini.training.stage import Stage
@@ -70,7 +71,7 @@ class Checkpoints:
         try:
             write_whole(path, buffer.getbuffer(), keep=self.path / f"{stage.name}.before.pt")
         except OSError as error:
-            raise ValueError(
+            raise Refused(
                 f"got {error.strerror} for {path} ({buffer.tell()} bytes); need room for it; do "
                 f"free some and resume: nothing is lost up to the checkpoint before"
             ) from error
@@ -94,7 +95,7 @@ class Checkpoints:
         try:
             net.load_state_dict(state["net"])
         except RuntimeError as error:
-            raise ValueError(
+            raise Refused(
                 f"got {self.path / stage}.pt of another network; need this run's; remove it"
             ) from error
         if state["optimizer"]:
@@ -158,9 +159,9 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         content = memoryview(path.read_bytes())
         state, told = content[:-32], content[-32:]
         if state[-len(SUM) :] == SUM and hashlib.sha256(state[: -len(SUM)]).digest() != told:
-            raise ValueError("got another checksum")
+            raise Refused("got another checksum")
         return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged file
-        raise ValueError(
+        raise Refused(
             f"got {path}, which cannot be read; remove it to train the stage anew"
         ) from error

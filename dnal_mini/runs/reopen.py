@@ -1,30 +1,58 @@
 """The settings and the networks that a run left in its folder."""
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from dnal_mini.config import SearchConfig, upgraded
+from dnal_mini.config import MEANS, SearchConfig, upgraded
 from dnal_mini.gating import add_gates, gates
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.foldgates import drop_gates
 from dnal_mini.pruning.netfile import load
 from dnal_mini.pruning.pruner import Pruned
+from dnal_mini.refused import Refused
+from dnal_mini.runs import runlog
 from dnal_mini.runs.checkpoint import load_state
+from dnal_mini.runs.runlog import Row
 
 
 def settings_in(folder: Path) -> SearchConfig:
     """The settings of the run in a folder; not the record's, which do not say where the data is.
 
-    Raises: ValueError if there are none, or if they are another version's.
+    Raises: ValueError if there are none, if they are another version's, or not the record's.
     """
     path = folder / "config.json"
     try:
         stored = upgraded(dict(json.loads(path.read_bytes())))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"got {path} ({error}); need a run's settings; do start it anew") from None
-    return SearchConfig.of(stored)
+        raise Refused(f"got {path} ({error}); need a run's settings; do start it anew") from None
+    config = SearchConfig.of(stored)
+    if told := recorded(folder).get("config"):
+        for name, (there, here) in differing(SearchConfig.of(told), config).items():
+            raise Refused(
+                f"got {path} with {name}={here!r}, the record beside it with {there!r}; need the "
+                "settings that the run began with; do restore one of them, or start in a new folder"
+            )
+    return config
+
+
+def recorded(folder: Path) -> Row:
+    """The first row of a run's record, which says what the run is made of; empty without one."""
+    if not (folder / runlog.FILE_NAME).exists():
+        return {}
+    with warnings.catch_warnings(action="ignore"):  # a cut last line is told where it matters
+        rows = runlog.read(folder)
+    return rows[0] if rows else {}
+
+
+def differing(theirs: SearchConfig, ours: SearchConfig) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ, by name and without means: (theirs, ours)."""
+    a, b = theirs.settings(), ours.settings()
+    pairs = {name: (a.get(name), b.get(name)) for name in sorted({*a, *b} - {*MEANS})}
+    return {name: (there, here) for name, (there, here) in pairs.items() if there != here}
 
 
 def nets_in(path: Path) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
@@ -32,9 +60,9 @@ def nets_in(path: Path) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
     whole = path.is_dir()
     file = path / "small.safetensors" if whole else path
     if whole and not file.exists():
-        raise ValueError(f"got {path} without {file.name}; need a finished run; do dnal resume it")
+        raise Refused(f"got {path} without {file.name}; need a finished run; do dnal resume it")
     if not whole and path.suffix != ".safetensors":
-        raise ValueError(f"got {path}; need a run folder or a .safetensors file; do check the path")
+        raise Refused(f"got {path}; need a run folder or a .safetensors file; do check the path")
     small = saved(file)
     nets = {"dense": _dense(path, small)} if whole else {}
     return nets | {"pruned": small.module}, tuple(small.spec["image_shape"])
@@ -48,7 +76,7 @@ def saved(path: Path) -> Pruned:
     ) -> nn.Module:
         if builder not in MODELS:
             need = ", ".join(MODELS)
-            raise ValueError(f"got {path} of another model; need {need}; do call deploy.export")
+            raise Refused(f"got {path} of another model; need {need}; do call deploy.export")
         more = {} if image_size is None else {"image_size": image_size}
         return MODELS[builder](num_classes, width, **more)
 
@@ -66,8 +94,8 @@ def _dense(folder: Path, small: Pruned) -> nn.Module:
     try:
         net.load_state_dict(load_state(path)["net"])
     except Exception as error:  # torch raises several kinds for a damaged file
-        reason = " ".join(str(error).split())[:80]
-        raise ValueError(f"got {path} ({reason}); need this run's; do resume the run") from error
+        reason = " ".join(str(error.__cause__ or error).split())[:80]
+        raise Refused(f"got {path} ({reason}); need this run's; do resume the run") from error
     for gate in gates(net).values():
         nn.init.constant_(gate.s, float("inf"))  # open, whatever delta and threshold
     return drop_gates(net)

@@ -15,11 +15,12 @@ from typing import Any
 
 from dnal_mini.config import PATHS, SearchConfig
 from dnal_mini.data.imageset import ImageSet
+from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.checkpoint import Checkpoints, write_whole
 from dnal_mini.runs.origin import describe_run
 from dnal_mini.runs.runlog import Row
-from dnal_mini.runs.takeover import differences, take_over, takeable
+from dnal_mini.runs.takeover import check_images, differences, images_of, take_over, takeable
 
 
 class RunFolder(Checkpoints):
@@ -27,8 +28,8 @@ class RunFolder(Checkpoints):
 
     A context: while it is open, the folder is locked and no other process can write to it.
     ``writes=False`` makes one that only reads, for the further processes of a run.
-    Raises: ValueError if the folder holds another run, is not empty, is being written by another
-    process, or cannot be written.
+    Raises: ValueError if the folder holds another run or one on other images, is not empty, is
+    being written by another process, or cannot be written.
     """
 
     def __init__(
@@ -71,11 +72,11 @@ class RunFolder(Checkpoints):
         """Make the folder as a whole, with stage 1 of another run if asked for."""
         config = self.config
         source = Path(config.weights_from)
-        taken = takeable(source, config) if config.weights_from else []
+        taken = takeable(source, config, about["data"]) if config.weights_from else []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and any(self.path.iterdir()):
-                raise ValueError(f"got {self.path}, which is not empty; need a new folder (--out)")
+                raise Refused(f"got {self.path}, which is not empty; need a new folder (--out)")
             part = Path(tempfile.mkdtemp(prefix=f".{self.path.name}.", dir=self.path.parent))
             try:
                 record = runlog.RunLog(part / runlog.FILE_NAME)
@@ -88,7 +89,7 @@ class RunFolder(Checkpoints):
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         except OSError as error:
-            raise ValueError(
+            raise Refused(
                 f"got {self.path}, which cannot be written ({error.strerror}); need another --out"
             ) from error
         self._is_new = True
@@ -104,6 +105,7 @@ class RunFolder(Checkpoints):
         elif not rows:
             self.write("run", **about)
         else:
+            check_images(self.path, about["data"])
             self.write("resume", **describe_run(self.config.device))
 
     def write(self, kind: str, **fields: Any) -> Row:
@@ -160,7 +162,7 @@ def finished(out: str | Path, config: SearchConfig) -> Row | None:
     differ = differences(path, config)
     if differ:
         n, (theirs, ours) = min(differ.items())
-        raise ValueError(
+        raise Refused(
             f"got {path}, which holds a run with {n}={theirs!r}, "
             f"not {ours!r}; need the same settings, or another folder (--out)"
         )
@@ -178,9 +180,8 @@ def _described(config: SearchConfig, data: ImageSet) -> Row:
     """The first row of a record: settings without paths, images, versions, device."""
     settings = config.settings()
     public = {n: Path(v).name if n in PATHS and v else v for n, v in settings.items()}
-    images = {"name": data.name, "train": len(data.train), "val": len(data.val)}
     about = describe_run(config.device)
-    return {"format": runlog.FORMAT, "config": public, "data": images, **about}
+    return {"format": runlog.FORMAT, "config": public, "data": images_of(data), **about}
 
 
 def _locked(folder: Path) -> int | None:
@@ -194,7 +195,7 @@ def _locked(folder: Path) -> int | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
-        raise ValueError(
+        raise Refused(
             f"got {folder}, which another process is writing; need one at a time; "
             "do wait for it, or choose another folder (--out)"
         ) from error

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas
 
 from dnal_mini.config import upgraded
+from dnal_mini.refused import Refused
 from dnal_mini.training.stage import Row
 
 FORMAT = 2
@@ -46,7 +47,7 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # torch tensors, numpy arrays and scalars
         return plain(value.tolist())
     kind = type(value).__name__
-    raise ValueError(f"got a {kind} for a record; need numbers, words, lists or dicts; do convert")
+    raise Refused(f"got a {kind} for a record; need numbers, words, lists or dicts; do convert")
 
 
 class RunLog:
@@ -108,7 +109,7 @@ def _check_sums(rows: list[Row], path: Path) -> None:
     for number, row in enumerate(rows, start=1):
         told = row.pop("sum", None)
         if (told is not None or begun) and told != _sum(row):
-            raise ValueError(
+            raise Refused(
                 f"got another checksum than was written in line {number} of {path}; need every row "
                 "as it was written; do restore the file, or start the run again in a new folder"
             )
@@ -136,7 +137,7 @@ def read(path: str | Path) -> list[Row]:
     for number, line in enumerate(lines, start=1):
         row = _parsed(line)
         if row is None:
-            raise ValueError(
+            raise Refused(
                 f"got no JSON row in line {number} of {path}; need one row per line; do restore "
                 "the file, or start the run again in a new folder"
             )
@@ -154,7 +155,7 @@ def read(path: str | Path) -> list[Row]:
     _check_sums(rows, path)
     first = rows[0] if rows else {}
     if first.get("format", FORMAT) not in range(1, FORMAT + 1):
-        raise ValueError(
+        raise Refused(
             f"got record format {first['format']} in {path}; need format 1 to {FORMAT}; do use the "
             "version of dnal_mini that wrote it"
         )

@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from dnal_mini.config import MEANS, SearchConfig
+from dnal_mini.config import SearchConfig
+from dnal_mini.data.imageset import ImageSet
+from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.checkpoint import load_state, write_whole
-from dnal_mini.runs.reopen import settings_in
+from dnal_mini.runs.reopen import differing, recorded, settings_in
+from dnal_mini.runs.runlog import Row
 
 
 def differences(folder: Path, config: SearchConfig) -> dict[str, tuple[Any, Any]]:
@@ -15,21 +18,43 @@ def differences(folder: Path, config: SearchConfig) -> dict[str, tuple[Any, Any]
     A setting that is newer than the run counts as its default there.
     Raises: ValueError for settings that no version can read.
     """
-    theirs, ours = settings_in(folder).settings(), config.settings()
-    names = {*theirs, *ours} - {*MEANS}
-    pairs = {name: (theirs.get(name), ours.get(name)) for name in sorted(names)}
-    return {name: (a, b) for name, (a, b) in pairs.items() if a != b}
+    return differing(settings_in(folder), config)
 
 
-def takeable(source: Path, config: SearchConfig) -> list[str]:
+def images_of(data: ImageSet) -> Row:
+    """What a record says of its images."""
+    sizes = {"train": len(data.train), "val": len(data.val)}
+    return {"name": data.name, **sizes, "fingerprint": data.fingerprint()}
+
+
+def check_images(folder: Path, ours: Row) -> None:
+    """Compare the images of the run in a folder with ours, as ``images_of`` tells both.
+
+    Raises: ValueError if they differ. Records of older versions have no fingerprint of theirs.
+    """
+    theirs = recorded(folder).get("data", {})
+    if theirs.get("fingerprint", ours["fingerprint"]) == ours["fingerprint"]:
+        return
+    now, then = (
+        f"{d['train']} to train and {d['val']} to validate (fingerprint {d['fingerprint']})"
+        for d in (ours, theirs)
+    )
+    raise Refused(
+        f"got images, {now}, that are not those of {folder}; need {then}; do restore them, or "
+        "start in a new folder (--out)"
+    )
+
+
+def takeable(source: Path, config: SearchConfig, images: Row) -> list[str]:
     """Names of the finished stages of another run that this run would repeat exactly.
 
-    Raises: ValueError if not even the first is one, with the settings that differ.
+    Raises: ValueError if not even the first is one, with the settings that differ, or if it was
+    trained on other ``images``.
     """
     try:
         differ, theirs = set(differences(source, config)), settings_in(source).stages()
     except ValueError as error:
-        raise ValueError(f"got weights_from {source} ({error}); need a run's folder") from error
+        raise Refused(f"got weights_from {source} ({error}); need a run's folder") from error
     table = {stage.name: stage for stage in theirs}
     same: dict[str, set[str]] = {"": set()}  # by stage: what differs there or in one before it
     taken: list[str] = []
@@ -42,7 +67,8 @@ def takeable(source: Path, config: SearchConfig) -> list[str]:
             taken.append(stage.name)
         elif not stage.after:
             why = ", ".join(sorted(same[stage.name])) or "it is not finished"
-            raise ValueError(f"got weights_from {source} with another stage 1: {why}; train anew")
+            raise Refused(f"got weights_from {source} with another stage 1: {why}; train anew")
+    check_images(source, images)
     return taken
 
 
