@@ -148,6 +148,8 @@ def _resume(words: list[str]) -> None:
         got = " ".join(words) or "no folder"
         raise Refused(f"got {got}; need the one folder of a run; do look at what dnal run said")
     if tables.summary(paths[0])["finished"]:
+        if (paths[0] / "config.json").exists():
+            driver.answer(settings_in(paths[0]), paths[0])  # refused where it is another run's now
         print(tables.final_table(paths[0]))
         return
     _search(settings_in(paths[0]), paths[0])

@@ -80,7 +80,12 @@ def saved(path: Path) -> Pruned:
         more = {} if image_size is None else {"image_size": image_size}
         return MODELS[builder](num_classes, width, **more)
 
-    return load(path, build)
+    try:
+        return load(path, build)
+    except json.JSONDecodeError as error:  # a bit of the spec flipped
+        raise Refused(
+            f"got {path}, damaged ({error}); need what was saved; do restore it"
+        ) from None
 
 
 def _dense(folder: Path, small: Pruned) -> nn.Module:

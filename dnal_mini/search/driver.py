@@ -71,9 +71,7 @@ def run(
         >>> dnal.run(config, out="runs/toy") == result  # finished: it is only read
         True
     """
-    if result := finished(out, config):
-        if "fingerprint" in recorded(Path(out))["data"] and (now := data_still_there(config)):
-            check_images(Path(out), images_of(now))
+    if result := answer(config, Path(out)):
         return result
     data = load_data(config)
     devices = start_processes(
@@ -92,6 +90,19 @@ def run(
             raise FloatingPointError(
                 f"{error}, in a new folder; the last good checkpoint is in {folder.path}"
             ) from error
+
+
+def answer(config: SearchConfig, out: Path) -> Row | None:
+    """The result of a finished run; None if it is not. Nothing is trained, written or downloaded.
+
+    Raises: ValueError if the folder holds a run with other settings, or other images are now where
+    the run had its own.
+    """
+    result = finished(out, config)
+    known = "fingerprint" in recorded(out).get("data", {})  # not by older versions
+    if result and known and (now := data_still_there(config)):
+        check_images(out, images_of(now))
+    return result
 
 
 def _opened(

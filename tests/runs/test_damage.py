@@ -10,8 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from dnal_mini.cli.commands import main
 from dnal_mini.data.imageset import Split
 from dnal_mini.data.sources import toy_images
+from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.checkpoint import Checkpoints, load_state
 from dnal_mini.runs.reopen import saved, settings_in
@@ -41,15 +43,19 @@ def runs(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("name", ["over", "stopped"])
-def test_settings_that_were_edited_are_told_with_both_values(runs, tmp_path, name):
+def test_settings_that_were_edited_are_told_with_both_values(runs, tmp_path, name, capsys):
     shutil.copytree(runs / name, tmp_path / "run")
     path = tmp_path / "run" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"gate_price": 0.5}))
     both = r"config\.json with gate_price=0\.5, the record beside it with 0\.001; need .*; do"
     for config in (TINY, TINY.replace(gate_price=0.5)):
-        with pytest.raises(ValueError, match=both):
+        with pytest.raises(Refused, match=both):
             run(config, tmp_path / "run")
-    with pytest.raises(ValueError, match=both):
+    capsys.readouterr()
+    assert main(["resume", str(tmp_path / "run")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "with gate_price=0.5, the record beside it with 0.001" in line
+    with pytest.raises(Refused, match=both):
         run(TINY.replace(weights_from=str(tmp_path / "run")), tmp_path / "new")
 
 
@@ -75,10 +81,11 @@ def test_other_images_in_the_place_of_a_runs_own_are_told(tmp_path):
     other = config.replace(gate_price=2e-3, weights_from=str(tmp_path / "over"))
     for asked, out in ((config, "over"), (config, "stopped"), (other, "new")):
         before = [path.read_bytes() for path in tmp_path.glob(f"{out}/record.jsonl")]
-        with pytest.raises(ValueError, match=r"got images, 40 to train and 8 to .*; need 40 .*; d"):
+        with pytest.raises(Refused, match=r"got images, 40 to train and 8 to .*; need 40 .*; d"):
             run(asked, tmp_path / out)
         assert [path.read_bytes() for path in tmp_path.glob(f"{out}/record.jsonl")] == before
     assert not (tmp_path / "new").exists()
+    assert main(["resume", str(tmp_path / "over")]) == 2
 
 
 def test_a_fingerprint_changes_with_names_labels_lengths_and_pixels_and_not_with_memory():
@@ -144,7 +151,7 @@ def test_a_flipped_bit_in_any_file_is_told_or_changes_nothing(runs, tmp_path, na
                 warnings.simplefilter("always")
                 try:
                     same = equal(read(folder), whole)
-                except ValueError as error:
+                except Refused as error:
                     same, refused = False, str(error)
             assert same or said or refused, path
             assert "\n" not in refused
