@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dnal_mini.config import MEANS, SearchConfig
 from dnal_mini.methods import METHODS
+from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.tables import COLUMNS_OF_A_SCREEN, format_table, results_table, summary
 
@@ -218,7 +219,7 @@ def headline(records: Iterable[Record]) -> str:
         gain = statistics.mean(r["fine_tuned_accuracy"] - r["dense_accuracy"] for r in group)
         found.append((kept, gain, group))
     if not found:
-        raise ValueError("got no finished run; need one; do dnal resume those that stopped")
+        raise Refused("got no finished run; need one; do dnal resume those that stopped")
     close = [entry for entry in found if entry[1] >= -CLOSE]
     kept, gain, group = min(close, key=lambda e: e[0]) if close else max(found, key=lambda e: e[1])
     seeds = "1 seed" if len(group) == 1 else f"{len(group)} seeds"
@@ -233,14 +234,14 @@ def draw(records: Iterable[Record], path: str | Path) -> None:
     """
     records, path = list(records), Path(path)
     if path.suffix not in (".svg", ".png"):
-        raise ValueError(f"got figure {path}; need a name that ends in .svg or .png; do rename it")
+        raise Refused(f"got figure {path}; need a name that ends in .svg or .png; do rename it")
     title = headline(records)
     try:
         import matplotlib as mpl
         import pandas  # noqa: F401 - plots needs it: better told here
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError(
+        raise Refused(
             f"got no package {error.name}; need it for figures; do pip install dnal-mini[book]"
         ) from None
     from dnal_mini.figures import plots, style

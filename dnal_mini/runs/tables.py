@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dnal_mini.refused import Refused
 from dnal_mini.runs.runlog import Row, epochs, rows_of
 
 COLUMNS_OF_A_SCREEN = 80
@@ -20,7 +21,7 @@ def summary(rows_or_path: list[Row] | str | Path) -> Row:
     """
     rows = rows_of(rows_or_path)
     if not rows or rows[0]["kind"] != "run":
-        raise ValueError(
+        raise Refused(
             f"got a record of {len(rows)} rows without the row of its run; need a first row of "
             "kind 'run'; do start the run again in a new folder"
         )
