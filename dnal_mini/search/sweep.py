@@ -213,13 +213,13 @@ def _remember(out: Path, config: SearchConfig, asked: list[Job]) -> None:
 def _unfinished(job: Job) -> Job | None:
     """The job without those behind it that have their result already; None if nothing is left."""
 
-    def done(folder: Path) -> bool:
+    def done(run: Job) -> bool:
         with contextlib.suppress(OSError, ValueError):  # a bad record: the run itself says so
-            return any(row["kind"] == "result" for row in runlog.read(folder))
+            return driver.answer(run.config, run.folder) is not None
         return False
 
-    left = tuple(run for run in job.then if not done(run.folder))
-    if not (left if job.then else not done(job.folder)):
+    left = tuple(run for run in job.then if not done(run))
+    if not (left if job.then else not done(job)):
         return None
     return replace(job, then=left)
 

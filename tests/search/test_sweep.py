@@ -373,3 +373,11 @@ def test_a_rule_is_swept_over_budgets_from_shared_weights(tmp_path):
         assert rows[-1]["macs"][1] / rows[-1]["macs"][0] == pytest.approx(value, abs=0.08)
         taken = {row["stage"] for row in runlog.epochs(rows) if row.get("taken_over")}
         assert taken == {"weight_stage", "baseline"}
+
+
+def test_a_finished_run_of_a_sweep_whose_settings_were_edited_is_told(tmp_path: Path):
+    assert sweep.sweep(CONFIG, PRICES[:1], [0], tmp_path / "s") == {}
+    path = tmp_path / "s" / "seed0" / "price0.001" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"arch_lr": 2.0}))
+    failed = sweep.sweep(CONFIG, PRICES[:1], [0], tmp_path / "s")
+    assert "arch_lr=2.0, the record beside it with 5.0" in failed["seed0/price0.001"]
