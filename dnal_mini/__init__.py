@@ -4,7 +4,7 @@ The public names. Importing the package loads torch and nothing heavier.
 """
 
 from dnal_mini import models, recipes
-from dnal_mini.config import SearchConfig
+from dnal_mini.config import Budget, SearchConfig
 from dnal_mini.data.torchvision import fix_torchvision
 from dnal_mini.deployment.export import export
 from dnal_mini.deployment.fold import deploy
@@ -19,9 +19,9 @@ from dnal_mini.pruning.pruner import Pruned, prune
 from dnal_mini.search.driver import run
 
 __all__ = [
-    "Comparison", "Cost", "Latency", "Pruned", "ScaledSigmoid", "SearchConfig", "add_gates",
-    "analyse", "compare", "cost", "delta_schedule", "deploy", "export", "gates", "latency", "load",
-    "models", "prune", "recipes", "run", "save", "set_gates",
+    "Budget", "Comparison", "Cost", "Latency", "Pruned", "ScaledSigmoid", "SearchConfig",
+    "add_gates", "analyse", "compare", "cost", "delta_schedule", "deploy", "export", "gates",
+    "latency", "load", "models", "prune", "recipes", "run", "save", "set_gates",
 ]  # fmt: skip
 __version__ = "0.1.0"
 

@@ -28,6 +28,10 @@ class Budget:
     """What the pruned net may cost: one metric of ``measure.cost``, as a share of the dense net's.
 
     Raises: ValueError for none or several of them, or a share that is not between 0 and 1.
+    Example:
+        >>> budget = dnal.Budget(params=0.25)
+        >>> budget.metric, budget.share
+        ('params', 0.25)
     """
 
     macs: float | None = None
@@ -66,9 +70,8 @@ class SearchConfig:
         >>> config = dnal.SearchConfig(width=0.125).replace(gate_price=3e-3, weight_epochs=2)
         >>> config.method.gate_price, config.weight_epochs
         (0.003, 2)
-        >>> config.replace(batch=0)
-        Traceback (most recent call last):
-        dnal_mini.refused.Refused: got batch 0; need 2 or more
+        >>> config.replace(method="l1-norm", budget=dnal.Budget(macs=0.3)).budget.share
+        0.3
     """
 
     name: str = "digits"

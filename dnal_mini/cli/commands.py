@@ -137,7 +137,9 @@ def _asked_for_help(words: list[str], config: SearchConfig, command: str) -> boo
     if not {"-h", "--help"} & {*words}:
         return False
     method = take(words, "--method") or config.method.name
-    print_fields(config.replace(method=method, budget=Budget(macs=0.5)), command)
+    shown = config.replace(method=method, budget=Budget(macs=0.5))  # which may want one
+    object.__setattr__(shown, "budget", None)  # to be asked for, not a default
+    print_fields(shown, command)
     return True
 
 

@@ -128,7 +128,10 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     text = metadata.get("dnal_mini")
     if text is None:
         raise Refused(f"got {path} without a dnal_mini spec; need a file that save() wrote")
-    spec = json.loads(text)
+    try:
+        spec = json.loads(text)
+    except ValueError as error:
+        raise Refused(f"got {path} with a damaged spec ({error}); save it again") from error
     digest = metadata.get("sha256")  # of older files
     if digest is None:
         digest = spec.pop("sha256", None)

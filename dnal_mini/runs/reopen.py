@@ -80,12 +80,7 @@ def saved(path: Path) -> Pruned:
         more = {} if image_size is None else {"image_size": image_size}
         return MODELS[builder](num_classes, width, **more)
 
-    try:
-        return load(path, build)
-    except json.JSONDecodeError as error:  # a bit of the spec flipped
-        raise Refused(
-            f"got {path}, damaged ({error}); need what was saved; do restore it"
-        ) from None
+    return load(path, build)
 
 
 def _dense(folder: Path, small: Pruned) -> nn.Module:

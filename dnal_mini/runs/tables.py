@@ -10,6 +10,9 @@ from dnal_mini.runs.runlog import Row, epochs, rows_of
 COLUMNS_OF_A_SCREEN = 80
 
 
+ASKED = ("name", "model", "seed", "method", "budget", "baseline")
+
+
 def summary(rows_or_path: list[Row] | str | Path) -> Row:
     """What a results table needs of one record, flat.
 
@@ -28,7 +31,7 @@ def summary(rows_or_path: list[Row] | str | Path) -> Row:
     run, config = rows[0], rows[0].get("config", {})
     last = (epochs(rows) or [{}])[-1]
     result = next((row for row in reversed(rows) if row["kind"] == "result"), {})
-    found = {key: config.get(key) for key in ("name", "model", "seed", "method", "budget")}
+    found = {key: config.get(key) for key in ASKED}
     found |= {key: last.get(key) for key in ("stage", "epoch", "epochs")}
     found |= {"finished": bool(result), "device": run.get("device"), "commit": run.get("commit")}
     found |= {key: result.get(key) for key in ("dense_is", "test_images", "seconds")}
@@ -162,7 +165,8 @@ def _caption(found: Row) -> str:
     """What was run, where, and how long each stage took, in lines of one screen."""
     device, commit = found["device"] or {}, found["commit"] or "unknown"
     seconds = {key: value for key, value in (found["seconds"] or {}).items() if value}
-    dense = {"baseline": "; the dense network is trained on as long", None: ""}
+    longer = "epochs of weights" if found["baseline"] == "weight-epochs" else "epochs in all"
+    dense = {"baseline": f"; the dense network is trained for as many {longer}", None: ""}
     stage_1 = shown(found["weight_stage_accuracy"], ".2%")
     before = f"after the weight stage {stage_1}, " if found["dense_is"] else ""
     sentences = (
