@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dnal_mini.data.folders import image_files, layout, line_of, pass_instead, refusal
-from dnal_mini.data.imagecache import cache_folders, image_size_of, load_split
+from dnal_mini.data.folders import line_of, listing, pass_instead, refusal
+from dnal_mini.data.imagecache import CachedSplit, cache_folders, image_size_of, prepare
 from dnal_mini.data.imageset import ImageSet, Split, carve, carved_set, channel_statistics
 from dnal_mini.data.torchvision import fix_torchvision
 from dnal_mini.refused import Refused
@@ -112,11 +112,15 @@ def image_folder(
     ``root`` defaults to the environment variable DNAL_DATA. Without a folder ``test`` the images
     of ``val`` are the test images; those for validation are carved from train in any case, ``val``
     of them, by default a tenth. ``image_size``, a side or (height, width), resizes each image,
-    bilinear, aspect not kept; without it all images must have the size of the first.
+    bilinear, aspect not kept; without it all images must have the size of the first. An image is
+    any file below a class folder whose suffix or first bytes say so; one warning counts the files
+    that are not used, and why. Of several frames the first counts, turned as EXIF says.
 
-    Decoded images are kept in ``.dnal_cache`` inside ``root``, or in the user's cache folder where
-    ``root`` is read-only or in a git checkout, or in the folder ``cache``. They are decoded again
-    when a file's name or size (in bytes) has changed; a change that keeps both goes unnoticed.
+    All images are decoded at once, those of the test too, so that a broken one is told here; the
+    pixels of the test are read when they are asked for. Decoded images are kept in ``.dnal_cache``
+    inside ``root``, or in the user's cache folder where ``root`` is read-only or in a git checkout,
+    or in the folder ``cache``. They are decoded again when a file's name or size (in bytes) has
+    changed; a change that keeps both goes unnoticed.
 
     Raises:
         ValueError: folder missing or empty, less than two classes, a class missing in test, an
@@ -136,15 +140,26 @@ def image_folder(
 def _folder(
     root: Path, size: tuple[int, int] | None, resize: bool, cache: Path | str | None
 ) -> tuple[tuple[str, ...], Callable[[], Split], Callable[[], Split]]:
-    """Class names, functions that read the training and the test images."""
-    names, held = layout(root)
-    size = size or image_size_of(image_files(root / "train" / names[0])[0])
+    """Class names, functions that read the training and the test images.
+
+    The first one has the test images decoded and cached too, so that a file that cannot be used is
+    told before anything is trained; nobody sees their pixels before the second is called.
+    """
+    found = listing(root)
+    size = size or image_size_of(found.train[0][0])
     caches = cache_folders(root, cache)
+    train = CachedSplit(root / "train", found.train, size, resize, caches)
+    test = CachedSplit(root / found.held, found.test, size, resize, caches)
 
-    def load(split: str) -> Split:
-        return Split(*load_split(root, names, size, resize, caches, split))
+    def load() -> Split:
+        images, _ = prepare([train, test])
+        return Split(images, train.labels)
 
-    return names, partial(load, "train"), partial(load, held)
+    def load_test() -> Split:
+        (images,) = prepare([test])
+        return Split(images, test.labels)
+
+    return found.classes, load, load_test
 
 
 def _cifar10_archive(

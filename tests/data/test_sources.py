@@ -267,12 +267,19 @@ def test_a_tenth_is_the_default_validation_share(folder: Path):
     assert len(image_folder(folder).val) == 2
 
 
-def test_test_images_are_not_read_before_they_are_asked_for(folder: Path):
-    for path in (folder / "test").rglob("*.png"):
-        path.write_bytes(b"not an image")
+def test_a_broken_test_image_is_told_at_once_and_nobody_sees_the_pixels_of_sound_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    halve("test/bee/02.png")(folder)
+    with pytest.raises(ValueError, match=r"test/bee/02\.png: got .*truncated"):
+        image_folder(folder)
+    Image.fromarray(pixels("test", 1, 2)).save(folder / "test" / "bee" / "02.png")
     found = image_folder(folder)
-    with pytest.raises(ValueError, match=r"test/ant/00\.png"):
-        len(found.test)
+    reading = imagecache._read_cache
+    monkeypatch.setattr(imagecache, "_read_cache", lambda *_: pytest.fail("read"))
+    assert len(found.train) + len(found.val) == 23
+    monkeypatch.setattr(imagecache, "_read_cache", reading)
+    assert torch.equal(found.test.images, expected("test")[0])
 
 
 def test_test_images_are_loaded_once(folder: Path):
@@ -350,12 +357,6 @@ def test_two_classes_of_one_grey_image_each_are_enough(tmp_path: Path):
     assert torch.equal(found.test.images[3], torch.full((3, 5, 7), 114, dtype=torch.uint8))
 
 
-def test_files_that_are_no_images_and_hidden_folders_are_passed_over(folder: Path):
-    (folder / "train" / "ant" / "notes.txt").write_text("hello")
-    (folder / "train" / ".thumbnails").mkdir()
-    assert len(image_folder(folder, val=6).train) == 17
-
-
 # The cache
 
 
@@ -382,9 +383,10 @@ def test_the_second_load_comes_from_the_cache(folder: Path, monkeypatch: pytest.
 
 def test_the_cache_lies_beside_the_data_or_where_asked(folder: Path, tmp_path: Path):
     image_folder(folder)
-    assert [path.suffix for path in cache_files(folder / ".dnal_cache")] == [".json", ".npy"]
+    suffixes = [".json", ".npy"] * 2  # of test and of train
+    assert [path.suffix for path in cache_files(folder / ".dnal_cache")] == suffixes
     image_folder(folder, cache=tmp_path / "elsewhere")
-    assert [path.suffix for path in cache_files(tmp_path / "elsewhere")] == [".json", ".npy"]
+    assert [path.suffix for path in cache_files(tmp_path / "elsewhere")] == suffixes
 
 
 def test_a_checkout_receives_no_cache(folder: Path, tmp_path: Path):
@@ -392,7 +394,7 @@ def test_a_checkout_receives_no_cache(folder: Path, tmp_path: Path):
     before = cache_files(folder)
     image_folder(folder)
     assert cache_files(folder) == before
-    assert len(cache_files(tmp_path / "user-cache")) == 2
+    assert len(cache_files(tmp_path / "user-cache")) == 4
 
 
 def test_a_read_only_folder_sends_the_cache_to_the_user(
@@ -406,12 +408,12 @@ def test_a_read_only_folder_sends_the_cache_to_the_user(
     )
     image_folder(folder)
     assert not (folder / ".dnal_cache").exists()
-    assert len(cache_files(tmp_path / "user-cache")) == 2
+    assert len(cache_files(tmp_path / "user-cache")) == 4
 
 
 def test_a_changed_folder_is_decoded_again_and_the_old_cache_goes(folder: Path):
     image_folder(folder)
-    old = cache_files(folder / ".dnal_cache")
+    old = cache_files(folder / ".dnal_cache")[2:]  # of train
     changed = pixels("test", 2, 9)
     Image.fromarray(changed).save(folder / "train" / "cow" / "11.png")
     found = image_folder(folder, val=6)
@@ -420,7 +422,7 @@ def test_a_changed_folder_is_decoded_again_and_the_old_cache_goes(folder: Path):
         changed.transpose(2, 0, 1).tobytes()
     }
     assert set(old).isdisjoint(cache_files(folder / ".dnal_cache"))
-    assert len(cache_files(folder / ".dnal_cache")) == 2
+    assert len(cache_files(folder / ".dnal_cache")) == 4
 
 
 def test_two_sets_share_a_cache_folder_in_peace(folder: Path, tmp_path: Path):
@@ -428,7 +430,7 @@ def test_two_sets_share_a_cache_folder_in_peace(folder: Path, tmp_path: Path):
     (other / "train" / "ant" / "00.png").unlink()
     for root in (folder, other):
         image_folder(root, cache=tmp_path / "shared")
-    assert len(cache_files(tmp_path / "shared")) == 4
+    assert len(cache_files(tmp_path / "shared")) == 8
 
 
 def cut(path: Path) -> None:
@@ -563,19 +565,12 @@ def loose(folder: Path) -> None:
         (folder / "train" / name).rmdir()
 
 
-def deeper(place: str) -> Callable[[Path], None]:
-    def spoil(folder: Path) -> None:
-        (folder / place).rename(folder / "images")
-        (folder / place).mkdir()
-        (folder / "images").rename(folder / place / "images")
+def spread(place: str, content: bytes) -> Callable[[Path], None]:
+    """Files of a content and of a suffix that say nothing, in the place of images."""
 
-    return spoil
-
-
-def rename_all(place: str, suffix: str) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         for path in (folder / place).iterdir():
-            path.rename(path.with_suffix(suffix))
+            path.rename(path.with_suffix(".heic")).write_bytes(content)
 
     return spoil
 
@@ -594,8 +589,7 @@ def rename_all(place: str, suffix: str) -> Callable[[Path], None]:
         (clear("test", "cow"), "test/cow: got no images"),
         (one_class, "train: got one class, ant; need two or more"),
         (loose, "train: got 23 images outside of class folders; need train/<class>/*; move"),
-        (deeper("train/bee"), "train/bee: got no images but a folder images"),
-        (rename_all("train/bee", ".heic"), "train/bee: got no images but .heic; need images (.bmp"),
+        (spread("train/bee", b"no image"), "train/bee: got no images but 7 .heic; need images (.b"),
         (write("train/bee/03.png", b""), "train/bee/03.png: got"),
         (write("train/bee/03.png", b"\x89PNG\r\n\x1a\n" + bytes(50)), "train/bee/03.png: got"),
         (halve("train/bee/03.png"), "train/bee/03.png: got"),
@@ -604,7 +598,10 @@ def rename_all(place: str, suffix: str) -> Callable[[Path], None]:
             "train/bee/03.png: got 8x9 pixels; need 6x9 as the others; resize all by",
         ),
         (enlarge("train/bee/03.png"), "--image-size SIDE"),
-        (deepen("train/bee/03.png"), "train/bee/03.png: got I;16 pixels; need 8 bits per channel"),
+        (
+            deepen("train/bee/03.png"),
+            "train/bee/03.png: got I;16 pixels of more than 8 bits; need 8",
+        ),
     ],
 )
 def test_bad_folders_give_one_line_that_names_the_place(
