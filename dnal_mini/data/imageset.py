@@ -1,17 +1,55 @@
 """Image sets as whole tensors: train and val in memory, test opened on first use.
 
 No data loader and no worker process: a batch is ``split.batch(indices)``. First: ``ImageSet``.
+``loaders`` makes one of three DataLoaders, whose parts go by the same few words: ``Part``.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from dnal_mini.refused import Refused
+
+Batches = Generator[tuple[Tensor, Tensor], None, None]  # images (n, c, h, w), labels (n,)
+
+
+class Part(Protocol):
+    """What training asks of the images of train, val or test.
+
+    ``seekable``: an epoch can be taken up inside, where ``shuffled`` begins at a later batch.
+    """
+
+    seekable: ClassVar[bool]
+
+    def __len__(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where its batches are."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+
+    def to(self, device: torch.device | str) -> "Part":
+        """The same images on ``device``."""
+
+    def steps(self, batch: int) -> int:
+        """Batches of an epoch of training; the last, incomplete one is left out."""
+
+    def shuffled(self, batch: int, draw: torch.Generator, first: int = 0) -> Batches:
+        """The batches of an epoch from number ``first`` on, in an order that ``draw`` decides."""
+
+    def in_order(self, batch: int, first: int = 0, every: int = 1) -> Batches:
+        """Each image once; ``every``: only each such batch, from number ``first`` on."""
+
+    def marks(self) -> Iterator[bytes]:
+        """What tells it from other images."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +58,8 @@ class Split:
 
     images: Tensor
     labels: Tensor
+
+    seekable: ClassVar[bool] = True
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -47,6 +87,29 @@ class Split:
         """The images and labels at ``indices``, copied."""
         return Split(self.images[indices], self.labels[indices])
 
+    def steps(self, batch: int) -> int:
+        """See ``Part``."""
+        return len(self) // batch
+
+    def shuffled(self, batch: int, draw: torch.Generator, first: int = 0) -> Batches:
+        """See ``Part``; the order of the whole epoch is drawn at once."""
+        order = torch.randperm(len(self), generator=draw)[: self.steps(batch) * batch]
+        order = order.to(self.device).view(-1, batch)
+        return (self.batch(chosen) for chosen in order[first:])
+
+    def in_order(self, batch: int, first: int = 0, every: int = 1) -> Batches:
+        """See ``Part``."""
+        chosen = torch.arange(len(self), device=self.device).split(batch)
+        return (self.batch(each) for each in chosen[first::every])
+
+    def marks(self) -> Iterator[bytes]:
+        """Shape, all labels, and 64 images, evenly spread."""
+        some = min(64, len(self))
+        places = torch.arange(some) * len(self) // max(some, 1)
+        images = self.images[places.to(self.device)].cpu().contiguous()
+        yield repr(tuple(self.images.shape)).encode()
+        yield self.labels.cpu().numpy().tobytes() + images.numpy().tobytes()
+
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
@@ -59,12 +122,12 @@ class ImageSet:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Split
-    val: Split
-    load_test: Callable[[], Split]
+    train: Part
+    val: Part
+    load_test: Callable[[], Part]
 
     @cached_property
-    def test(self) -> Split:
+    def test(self) -> Part:
         """The test split. Its images are read the first time that this is asked for."""
         return self.load_test()
 
@@ -84,12 +147,9 @@ class ImageSet:
         and of val: a change that keeps all of these goes unnoticed.
         """
         digest = hashlib.sha256(repr(self.classes).encode())
-        for split in (self.train, self.val):
-            some = min(64, len(split))
-            places = torch.arange(some) * len(split) // max(some, 1)
-            images = split.images[places.to(split.device)].cpu().contiguous()
-            digest.update(repr(tuple(split.images.shape)).encode())
-            digest.update(split.labels.cpu().numpy().tobytes() + images.numpy().tobytes())
+        for part in (self.train, self.val):
+            for mark in part.marks():
+                digest.update(mark)
         return digest.hexdigest()[:16]
 
 

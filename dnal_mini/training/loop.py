@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_mini.data.augment import augment, normalise
-from dnal_mini.data.imageset import ImageSet, Split
+from dnal_mini.data.imageset import ImageSet, Part
 from dnal_mini.refused import Refused
 from dnal_mini.training.devices import (
     ASK_EVERY,
@@ -50,8 +50,9 @@ def only_training(net: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterato
 
 
 def as_input(images: Tensor, data: ImageSet, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """uint8 images as the network takes them: normalised, in ``dtype``."""
-    x = normalise(images, data.mean, data.std, dtype)
+    """Images as the network takes them: normalised if they are uint8, in ``dtype``."""
+    ready = images.is_floating_point()
+    x = images.to(dtype) if ready else normalise(images, data.mean, data.std, dtype)
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
@@ -73,8 +74,8 @@ def fit(
 
     Inside an epoch ``keep(position)`` is called every ``session.checkpoint_s`` seconds and when
     ``session.stopping()`` says so, then KeyboardInterrupt is raised; given as ``start``, the
-    position takes such an epoch up again. With ``session.devices`` each process takes its part of
-    every batch, and BatchNorm takes its statistics over all of them.
+    position takes such an epoch up again (not where images are not ``seekable``). With
+    ``session.devices`` each process takes its part of every batch, BatchNorm its statistics of all.
 
     Row: epoch, epochs, loss (cross-entropy, nats), price (nats), train_accuracy, val_accuracy,
     lr (of the last step), seconds, images_per_s (of the training part).
@@ -82,7 +83,7 @@ def fit(
     FloatingPointError, with what was not finite, if the loss is not.
     """
     devices, batch = session.devices, stage.feed.batch
-    steps = steps_of(len(data.train), batch, devices.world_size if devices else 1)
+    steps = steps_of(data.train, batch, devices.world_size if devices else 1)
     position, first = (start, start.epoch) if isinstance(start, Position) else (None, start)
     with wrapped(net, optimizer, stage.feed.compiled, devices) as (model, stepper):
         loop = _Loop(model, data, stepper, stage, work, session, steps, keep)
@@ -146,23 +147,27 @@ class _Loop:
         if self.session.progress:
             todo = self.session.progress(todo, f"{stage.name} epoch {epoch}/{stage.epochs}")
         mine, kept_at = share_of_batch(batch, devices), time.perf_counter()
-        with own_randomness(self.device, stage.seed, epoch, devices, begin) as draw:
-            order = torch.randperm(len(self.data.train), generator=draw)[: self.steps * batch]
-            order = order.to(self.device).view(self.steps, batch)
+        seekable = self.data.train.seekable
+        with contextlib.ExitStack() as stack:
+            randomness = own_randomness(self.device, stage.seed, epoch, devices, begin)
+            draw = stack.enter_context(randomness)
+            batches = self.data.train.shuffled(batch, draw, begin.step if begin else 0)
             if begin:
                 draw.set_state(begin.draws.cpu())
+            stack.callback(batches.close)
             for step in todo:
                 rate = stage.rate((epoch - 1 + step / self.steps) / stage.epochs)
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate * group.get("lr_scale", 1.0)
-                images, labels = self.data.train.batch(order[step])
+                images, labels = next(batches)
                 if stage.feed.crop or stage.feed.flip:
                     images = self.augment(images, draw)
                 trace[step] = self.step(images[mine], labels[mine], rate)
                 if self.keep and step + 1 < self.steps:
                     stop = agreed(self.session.stopping, step, devices)
                     late = time.perf_counter() > kept_at + self.session.checkpoint_s
-                    if (stop or (late and not devices)) and bool(trace.isfinite().all()):
+                    wanted = seekable and (stop or (late and not devices))
+                    if wanted and bool(trace.isfinite().all()):
                         spent, states = time.perf_counter() - began_s, generator_states(devices)
                         place = (epoch, step + 1, spent, trace.cpu(), draw.get_state(), states)
                         self.keep(Position(*place))
@@ -190,15 +195,16 @@ class _Loop:
         return torch.stack([loss.detach(), paid.detach(), correct])
 
 
-def steps_of(images: int, batch: int, processes: int = 1) -> int:
+def steps_of(images: Part, batch: int, processes: int = 1) -> int:
     """Steps of an epoch. Raises ValueError if a batch is too large or cannot be shared evenly."""
-    if batch > images:
-        raise Refused(f"got batch {batch}; need at most {images} (train images)")
+    steps = images.steps(batch)
+    if not steps:
+        raise Refused(f"got batch {batch}; need at most {len(images)} (train images)")
     if batch % processes:
         raise Refused(
             f"got batch {batch} for {processes} processes; need a multiple; do change one of them"
         )
-    return images // batch
+    return steps
 
 
 def _check_finite(net: nn.Module, trace: Tensor, epoch: int, rate: float) -> None:
@@ -234,7 +240,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 @torch.inference_mode()
 def evaluate(
     net: nn.Module,
-    split: Split,
+    split: Part,
     data: ImageSet,
     feed: Feed = Feed(),  # noqa: B008 - frozen
     *,
@@ -250,14 +256,16 @@ def evaluate(
     net.eval()
     dtype = feed.dtype(split.device)
     rank, processes = (devices.global_rank, devices.world_size) if devices else (0, 1)
-    correct = torch.zeros((), dtype=torch.long, device=split.device)
-    for chosen in torch.arange(len(split), device=split.device).split(batch)[rank::processes]:
-        images, labels = split.batch(chosen)
-        with autocast(images.device, dtype):
-            logits = net(as_input(images, data, dtype, feed.channels_last))
-        correct += (logits.argmax(1) == labels).sum()
+    counts = torch.zeros(2, dtype=torch.long, device=split.device)  # right, seen
+    with contextlib.closing(split.in_order(batch, rank, processes)) as batches:
+        for images, labels in batches:
+            with autocast(images.device, dtype):
+                logits = net(as_input(images, data, dtype, feed.channels_last))
+            counts[0] += (logits.argmax(1) == labels).sum()
+            counts[1] += len(labels)
     for module, mode in modes:
         module.training = mode
     if devices:
-        distributed.all_reduce(correct)
-    return int(correct) / len(split)
+        distributed.all_reduce(counts)
+    correct, seen = counts.tolist()
+    return correct / seen
