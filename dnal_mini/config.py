@@ -15,6 +15,7 @@ from dnal_mini.gating import Order
 from dnal_mini.methods import METHODS
 from dnal_mini.methods.contract import Method, Scorer
 from dnal_mini.methods.dnal import DNAL
+from dnal_mini.models import MODELS
 from dnal_mini.pruning.pruner import Residual
 from dnal_mini.refused import Refused
 from dnal_mini.training.schedules import ScheduleName
@@ -76,8 +77,8 @@ class SearchConfig:
 
     name: str = "digits"
     """Name of the recipe, for tables."""
-    data: Literal["digits", "toy", "cifar10", "folder"] = "digits"
-    """Images: embedded digits, drawn toy images, CIFAR-10, or any folder of classes."""
+    data: Literal["digits", "toy", "cifar10", "folder", "own"] = "digits"
+    """Images: embedded digits, drawn toy ones, CIFAR-10, a folder of classes; own: from Python."""
     data_dir: str = ""
     """Folder with train/<class>/ and test/<class>/; empty: $DNAL_DATA, else a download."""
     image_size: int = 0
@@ -90,8 +91,8 @@ class SearchConfig:
     """Pixels of zero padding for random crops; 0 switches cropping off."""
     flip: bool = True
     """Mirror half of the training images."""
-    model: Literal["vgg16", "resnet56", "mobilenetv2"] = "vgg16"
-    """Network."""
+    model: str = "vgg16"
+    """vgg16, resnet56, mobilenetv2, or a function of yours: package.module:function."""
     width: float = 1.0
     """Multiplies every channel count of the network."""
     method: Method = field(default_factory=DNAL)
@@ -132,6 +133,8 @@ class SearchConfig:
     """How a pruned residual branch joins its trunk."""
     tuned_from: Literal["pruned", "scratch"] = "pruned"
     """Stage 3 starts from the weights that are left, or from new random ones."""
+    weights: str = ""
+    """File .safetensors with weights to start from; stage 1 then has 0 epochs unless it is told."""
     weights_from: str = ""
     """Folder of a run with the same stage 1, which is taken over instead of trained again."""
     seed: int = 0
@@ -155,6 +158,8 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         _check(self, RANGES)
+        if ":" not in self.model and "." not in self.model:  # a function, the class of a given net
+            known(self.model, MODELS, "model")
         _check(self.method, self.method.ranges)
         if self.method.needs_budget and self.budget is None:
             raise Refused(
@@ -185,7 +190,14 @@ class SearchConfig:
         return cls(method=METHODS["dnal"]()).replace(**upgraded(settings))
 
     def replace(self, **changes: Any) -> "SearchConfig":
-        """A config with other settings, those of the method among them; ``method``: by name."""
+        """A config with other settings, those of the method among them; ``method``: by name.
+
+        Another ``model`` of one's own begins at its own width, and ``weights`` with no stage 1.
+        """
+        if ":" in str(changes.get("model", "")):
+            changes = {"width": 1.0} | changes
+        if changes.get("weights"):
+            changes = {"weight_epochs": 0} | changes
         given = changes.pop("method", self.method)
         kind = METHODS[known(given, METHODS, "method")] if isinstance(given, str) else type(given)
         method = given if isinstance(given, Method) else self.method
@@ -268,14 +280,14 @@ class SearchConfig:
 
 
 # They say where and with what, not what: not in comparisons of runs. Paths are kept out of records.
-PATHS = ("data_dir", "weights_from")
+PATHS = ("data_dir", "weights", "weights_from")
 MEANS = (*PATHS, "checkpoint_s", "devices", "num_nodes", "strategy")
 TUNING = ("fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "residual", "tuned_from")
 LATER = ("method", "budget", "floor", "baseline")  # not in stage 1 either
 TINY = 1e-12
 RANGES = {
     "val": (1, math.inf), "train_images": (0, math.inf), "image_size": (0, 65536),
-    "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (1, math.inf),
+    "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (0, math.inf),
     "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf), "weight_lr": (TINY, math.inf),
     "fine_tune_lr": (TINY, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf),
     "label_smoothing": (0, 1), "checkpoint_s": (0, math.inf), "devices": (1, 1024),

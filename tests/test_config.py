@@ -15,12 +15,12 @@ from dnal_mini.methods.dnal import DNAL
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
-        ({"weight_epochs": 0}, "weight_epochs 0; need 1 or more"),
+        ({"weight_epochs": -1}, "weight_epochs -1; need 0 or more"),
         ({"arch_epochs": -2}, "arch_epochs -2"),
         ({"delta_max": 0.5}, "delta_max 0.5"),
         ({"gate_price": -1e-4}, "gate_price -0.0001; need 0 or more"),
         ({"gate_price": float("nan")}, "gate_price nan"),
-        ({"model": "vgg19"}, "model 'vgg19'; need one of vgg16"),
+        ({"model": "vgg19"}, "model 'vgg19'; need vgg16"),
         ({"batch": 12.5}, "batch 12.5; need a value of type int"),
         ({"seed": True}, "seed True"),
         ({"momentum": 1.5}, "momentum 1.5; need 0 to 1"),

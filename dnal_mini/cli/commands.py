@@ -11,7 +11,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +32,25 @@ from dnal_mini.refused import Refused
 from dnal_mini.runs import aggregate, origin, runlog, tables
 from dnal_mini.runs.reopen import nets_in, settings_in
 from dnal_mini.search import driver, sweep
+from dnal_mini.search.answer import answer
+from dnal_mini.search.inputs import settled
 from dnal_mini.training.devices import is_first_process
 
 USAGE = """\
 usage: dnal run [RECIPE] [--field value ...] [--out DIR]
-       dnal resume DIR
+       dnal resume DIR [--data-dir NEW]
        dnal sweep [RECIPE] --gate-price P1 P2 ... | --budget.macs M1 M2 ... [--seed S1 S2 ...]
                   [--jobs N] [--ray [ADDRESS]] [--field value ...] [--out DIR]
        dnal report DIR|FILE ... [--epochs] [--markdown] [--figure FILE.svg|png]
-       dnal export DIR|FILE [--format onnx|pt2|both] [--no-deploy] [--out DIR]
+       dnal export DIR|FILE [--format onnx|pt2|both] [--no-deploy] [--out DIR] [--model NAME]
        dnal recipes
 
 run      Train, learn the width, cut, fine-tune; the default recipe is digits (minutes on two
          cores). "dnal run --help" lists every field, "dnal run RECIPE --help" with its values.
          --method NAME: who decides which channels stay. --budget.macs 0.3: what may be left.
-resume   Go on with an interrupted run where it was stopped.
+         --model package.module:function: a net of yours, called with num_classes. --weights FILE:
+         a trained one.
+resume   Go on with an interrupted run where it was stopped. --data-dir: its images have moved.
 sweep    A run per price and seed. What the runs of a seed share is trained once. The same command
          again goes on, with more prices or seeds if they are named. --budget.macs M1 M2 ...: a
          share of the MACs to reach, in place of a price. --jobs: runs at a time. --ray: on a Ray
@@ -55,7 +59,7 @@ report   The results of one run, or tables of several or of a sweep: each run, m
          what sharing saved. --epochs: one line per epoch. --figure: accuracy over MACs.
 export   The dense and the pruned net of a finished run as ONNX and torch.export files, each
          compared with the net; of a .safetensors file the pruned net alone. BatchNorm is folded
-         into the convolutions unless --no-deploy.
+         into the convolutions unless --no-deploy. --model: what makes the net, if it was yours.
 recipes  The recipes, one line each.
 """
 
@@ -144,17 +148,27 @@ def _asked_for_help(words: list[str], config: SearchConfig, command: str) -> boo
 
 
 def _resume(words: list[str]) -> None:
-    """Continue the run in the folder with its own settings; a finished one prints its results."""
-    paths, _ = paths_and_switches(words, ())
+    """Continue the run in the folder with its own settings; a finished one prints its results.
+
+    Its images are looked for where --data-dir says, else where they were, else in $DNAL_DATA.
+    """
+    rest = list(words)
+    moved = take(rest, "--data-dir")
+    paths, _ = paths_and_switches(rest, ("--data-dir",))
     if len(paths) != 1 or not paths[0].is_dir():
         got = " ".join(words) or "no folder"
         raise Refused(f"got {got}; need the one folder of a run; do look at what dnal run said")
-    if tables.summary(paths[0])["finished"]:
-        if (paths[0] / "config.json").exists():
-            driver.answer(settings_in(paths[0]), paths[0])  # refused where it is another run's now
-        print(tables.final_table(paths[0]))
-        return
-    _search(settings_in(paths[0]), paths[0])
+    done = tables.summary(paths[0])["finished"]
+    if not done or (paths[0] / "config.json").exists():
+        config = settings_in(paths[0])
+        if not moved and config.data_dir and not Path(config.data_dir).exists():
+            moved = os.environ.get("DNAL_DATA")
+        config = replace(config, data_dir=moved or config.data_dir)
+        if not done:
+            _search(config, paths[0])
+            return
+        answer(settled(config), paths[0])  # refused where it is another run's now
+    print(tables.final_table(paths[0]))
 
 
 def _sweep(words: list[str]) -> None:
@@ -228,12 +242,12 @@ def _export(words: list[str]) -> None:
     """The nets of a run, or that of a saved file, written for other runtimes and checked."""
     rest = list(words)
     kind = known(take(rest, "--format") or "both", ("onnx", "pt2", "both"), "format")
-    out = take(rest, "--out")
+    out, model = take(rest, "--out"), take(rest, "--model") or ""
     paths, switches = paths_and_switches(rest, ("--deploy", "--no-deploy"))
     if len(paths) != 1 or len(switches) > 1:
         got = " ".join(words) or "nothing to export"
         raise Refused(f"got {got}; need one run folder or .safetensors file; do see dnal --help")
-    nets, image_shape = nets_in(paths[0])
+    nets, image_shape = nets_in(paths[0], model)
     folder = Path(out) if out else paths[0] if paths[0].is_dir() else paths[0].parent
     folder.mkdir(parents=True, exist_ok=True)
     head = f"{'file':<12}{'bytes':>14}{'ratio':>8}{'difference':>12}\n"

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from dnal_mini.data.imageset import ImageSet
-from dnal_mini.models import MODELS
+from dnal_mini.models.builders import build_named
 from dnal_mini.training.stage import Row, Session, Stage, Work
 
 Values = dict[str, Tensor]  # of each gate: (channels,)
@@ -43,7 +43,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network that was found, as data: a builder of ``MODELS``, its arguments, widths by gate.
+    """A network that was found, as data: a builder, its arguments, widths by gate.
 
     ``widths`` may be above those of the dense net of width 1: the builder's ``width`` then is.
     Hashable, and JSON there and back (``json``, ``Architecture.of``).
@@ -67,7 +67,7 @@ class Architecture:
 
     def build(self, num_classes: int) -> nn.Module:
         """The whole network that the widths are cut from, with new weights, without gates."""
-        return MODELS[self.builder](num_classes=num_classes, **dict(self.arguments))
+        return build_named(self.builder, num_classes, **dict(self.arguments))
 
 
 @dataclass(frozen=True)

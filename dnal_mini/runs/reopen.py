@@ -9,7 +9,9 @@ from torch import nn
 
 from dnal_mini.config import MEANS, SearchConfig, upgraded
 from dnal_mini.gating import add_gates, gates
+from dnal_mini.methods.contract import Designer
 from dnal_mini.models import MODELS
+from dnal_mini.models.builders import build_named
 from dnal_mini.pruning.foldgates import drop_gates
 from dnal_mini.pruning.netfile import load
 from dnal_mini.pruning.pruner import Pruned
@@ -55,42 +57,61 @@ def differing(theirs: SearchConfig, ours: SearchConfig) -> dict[str, tuple[Any, 
     return {name: (there, here) for name, (there, here) in pairs.items() if there != here}
 
 
-def nets_in(path: Path) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
-    """The dense and the pruned net of a run folder, or the pruned one of a file; their images."""
+def nets_in(path: Path, model: str = "") -> tuple[dict[str, nn.Module], tuple[int, ...]]:
+    """The dense and the pruned net of a run folder, or the pruned one of a file; their images.
+
+    ``model``: ``package.module:function`` that makes the dense net, where it was given to the run.
+    """
     whole = path.is_dir()
     file = path / "small.safetensors" if whole else path
     if whole and not file.exists():
         raise Refused(f"got {path} without {file.name}; need a finished run; do dnal resume it")
     if not whole and path.suffix != ".safetensors":
         raise Refused(f"got {path}; need a run folder or a .safetensors file; do check the path")
-    small = saved(file)
-    nets = {"dense": _dense(path, small)} if whole else {}
-    return nets | {"pruned": small.module}, tuple(small.spec["image_shape"])
+    if not whole:
+        small = saved(file, model)
+        return {"pruned": small.module}, tuple(small.spec["image_shape"])
+    config, count = settings_in(path), (recorded(path).get("net") or {}).get("num_classes", 10)
+    model = model or config.model
+    small = saved(file, "" if isinstance(config.method, Designer) else model, count)
+    dense = _dense(path, config, build(model, small, config.width, count))
+    return {"dense": dense, "pruned": small.module}, tuple(small.spec["image_shape"])
 
 
-def saved(path: Path) -> Pruned:
-    """A file of ``save`` with the builder that it names."""
+def saved(path: Path, model: str = "", num_classes: int = 10) -> Pruned:
+    """A file of ``save``, cut from a net of ``model``, or else of ours that the file names.
 
-    def build(
-        builder: str = "", num_classes: int = 10, width: float = 1.0, image_size: int | None = None
-    ) -> nn.Module:
-        if builder not in MODELS:
-            need = ", ".join(MODELS)
-            raise Refused(f"got {path} of another model; need {need}; do call deploy.export")
+    No code is imported because a file names it.
+    """
+
+    def whole(
+        builder: str = "", num_classes: int = num_classes, width: float = 1.0,
+        image_size: int | None = None,
+    ) -> nn.Module:  # fmt: skip
+        if not model and builder not in MODELS:
+            raise Refused(
+                f"got {path} of another model; need one of {', '.join(MODELS)}, or the function "
+                "that made it; do add --model package.module:function, or call dnal.export"
+            )
         more = {} if image_size is None else {"image_size": image_size}
-        return MODELS[builder](num_classes, width, **more)
+        return build_named(model or builder, num_classes, width=width, **more)
 
-    return load(path, build)
+    return load(path, whole)
 
 
-def _dense(folder: Path, small: Pruned) -> nn.Module:
+def build(model: str, small: Pruned, width: float, num_classes: int) -> nn.Module:
+    """The whole net that a small one was cut from, with new weights."""
+    side = small.spec["image_shape"][1]
+    sized = {} if side == 32 and model in MODELS else {"image_size": side}
+    count = (small.spec["config"] or {}).get("num_classes", num_classes)
+    return build_named(model, count, width=width, **sized)
+
+
+def _dense(folder: Path, config: SearchConfig, plain: nn.Module) -> nn.Module:
     """The dense net that the run compared with: the baseline, else as its first stage left it."""
-    config = settings_in(folder)
     first, second, *_ = config.stages()
     path = folder / f"{second.name if second.name == 'baseline' else first.name}.pt"
-    arguments = {name: value for name, value in small.spec["config"].items() if name != "builder"}
-    arguments |= {"width": config.width}
-    net = add_gates(MODELS[config.model](**arguments), config.order)
+    net = add_gates(plain, config.order)
     try:
         net.load_state_dict(load_state(path)["net"])
     except Exception as error:  # torch raises several kinds for a damaged file

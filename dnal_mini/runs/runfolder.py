@@ -18,18 +18,20 @@ from dnal_mini.data.imageset import ImageSet
 from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.checkpoint import Checkpoints, write_whole
+from dnal_mini.runs.identity import check_made_of, images_of
 from dnal_mini.runs.origin import describe_run
 from dnal_mini.runs.runlog import Row
-from dnal_mini.runs.takeover import check_images, differences, images_of, take_over, takeable
+from dnal_mini.runs.takeover import differences, take_over, takeable
 
 
 class RunFolder(Checkpoints):
     """The files of one run: config, record, and the last checkpoints of each stage.
 
     A context: while it is open, the folder is locked and no other process can write to it.
-    ``writes=False`` makes one that only reads, for the further processes of a run.
-    Raises: ValueError if the folder holds another run or one on other images, is not empty, is
-    being written by another process, or cannot be written.
+    ``net_is``: ``identity.net_of`` a net of the user's. ``writes=False`` makes one that only
+    reads, for the further processes of a run.
+    Raises: ValueError if the folder holds another run or one of other images or another net, is
+    not empty, is being written by another process, or cannot be written.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class RunFolder(Checkpoints):
         data: ImageSet,
         on_row: Callable[[Row], None] | None = None,
         writes: bool = True,
+        net_is: Row | None = None,
     ) -> None:
         super().__init__(Path(out), writes)
         self.config, self.on_row = config, on_row
@@ -47,11 +50,11 @@ class RunFolder(Checkpoints):
         if not writes:
             return
         if not (self.path / "config.json").exists():
-            self._create(_described(config, data))
+            self._create(_described(config, data, net_is))
         if finished(self.path, config) is None:
             self._lock = _locked(self.path)
             try:
-                self._begin(_described(config, data))
+                self._begin(_described(config, data, net_is))
             except BaseException:
                 self.close()
                 raise
@@ -72,7 +75,7 @@ class RunFolder(Checkpoints):
         """Make the folder as a whole, with stage 1 of another run if asked for."""
         config = self.config
         source = Path(config.weights_from)
-        taken = takeable(source, config, about["data"]) if config.weights_from else []
+        taken = takeable(source, config, about) if config.weights_from else []
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and any(self.path.iterdir()):
@@ -105,8 +108,18 @@ class RunFolder(Checkpoints):
         elif not rows:
             self.write("run", **about)
         else:
-            check_images(self.path, about["data"])
+            check_made_of(self.path, about)
+            self._note_moved()
             self.write("resume", **describe_run(self.config.device))
+
+    def _note_moved(self) -> None:
+        """Images that are the same in another place are looked for there from now on."""
+        path = self.path / "config.json"
+        told = json.loads(path.read_bytes())
+        here = {name: getattr(self.config, name) for name in PATHS}
+        moved = {name: where for name, where in here.items() if where and where != told.get(name)}
+        if moved:
+            write_whole(path, json.dumps(told | moved, indent=1).encode())
 
     def write(self, kind: str, **fields: Any) -> Row:
         """Append a row to the record and show it to ``on_row``."""
@@ -176,12 +189,13 @@ def _key(row: Row) -> tuple:
     return row["kind"], row.get("stage"), row.get("epoch"), row.get("text"), row.get("price_asked")
 
 
-def _described(config: SearchConfig, data: ImageSet) -> Row:
-    """The first row of a record: settings without paths, images, versions, device."""
+def _described(config: SearchConfig, data: ImageSet, net_is: Row | None) -> Row:
+    """The first row of a record: settings without paths, images, own net, versions, device."""
     settings = config.settings()
     public = {n: Path(v).name if n in PATHS and v else v for n, v in settings.items()}
     about = describe_run(config.device)
-    return {"format": runlog.FORMAT, "config": public, "data": images_of(data), **about}
+    made_of = {"data": images_of(data), "net": net_is}
+    return {"format": runlog.FORMAT, "config": public, **made_of, **about}
 
 
 def _locked(folder: Path) -> int | None:

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from dnal_mini.config import SearchConfig
-from dnal_mini.data.imageset import ImageSet
 from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.checkpoint import load_state, write_whole
-from dnal_mini.runs.reopen import differing, recorded, settings_in
+from dnal_mini.runs.identity import check_made_of
+from dnal_mini.runs.reopen import differing, settings_in
 from dnal_mini.runs.runlog import Row
 
 
@@ -21,35 +21,11 @@ def differences(folder: Path, config: SearchConfig) -> dict[str, tuple[Any, Any]
     return differing(settings_in(folder), config)
 
 
-def images_of(data: ImageSet) -> Row:
-    """What a record says of its images."""
-    sizes = {"train": len(data.train), "val": len(data.val)}
-    return {"name": data.name, **sizes, "fingerprint": data.fingerprint()}
-
-
-def check_images(folder: Path, ours: Row) -> None:
-    """Compare the images of the run in a folder with ours, as ``images_of`` tells both.
-
-    Raises: ValueError if they differ. Records of older versions have no fingerprint of theirs.
-    """
-    theirs = recorded(folder).get("data", {})
-    if theirs.get("fingerprint", ours["fingerprint"]) == ours["fingerprint"]:
-        return
-    now, then = (
-        f"{d['train']} to train and {d['val']} to validate (fingerprint {d['fingerprint']})"
-        for d in (ours, theirs)
-    )
-    raise Refused(
-        f"got images, {now}, that are not those of {folder}; need {then}; do restore them, or "
-        "start in a new folder (--out)"
-    )
-
-
-def takeable(source: Path, config: SearchConfig, images: Row) -> list[str]:
+def takeable(source: Path, config: SearchConfig, about: Row) -> list[str]:
     """Names of the finished stages of another run that this run would repeat exactly.
 
     Raises: ValueError if not even the first is one, with the settings that differ, or if it was
-    trained on other ``images``.
+    trained on other images or began with another net, as ``about`` tells ours.
     """
     try:
         differ, theirs = set(differences(source, config)), settings_in(source).stages()
@@ -62,13 +38,13 @@ def takeable(source: Path, config: SearchConfig, images: Row) -> list[str]:
         own = table[stage.name].settings if stage.name in table else {*differ, "method"}
         same[stage.name] = same[stage.after] | (differ & (stage.settings | own))
         path = source / f"{stage.name}.pt"
-        done = load_state(path)["epoch"] if path.exists() else 0
+        done = load_state(path)["epoch"] if path.exists() else -1  # 0 epochs may be all there are
         if not same[stage.name] and stage.name in table and done == stage.epochs:
             taken.append(stage.name)
         elif not stage.after:
             why = ", ".join(sorted(same[stage.name])) or "it is not finished"
             raise Refused(f"got weights_from {source} with another stage 1: {why}; train anew")
-    check_images(source, images)
+    check_made_of(source, about)
     return taken
 
 

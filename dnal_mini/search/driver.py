@@ -20,15 +20,15 @@ from dnal_mini.measure.cost import cost
 from dnal_mini.measure.latency import latency_pair
 from dnal_mini.methods.contract import Designer, Scorer, Subject, Values, Widther
 from dnal_mini.models import restart
-from dnal_mini.pruning.netfile import save
+from dnal_mini.pruning.netfile import load, save
 from dnal_mini.pruning.pruner import Pruned, prune
-from dnal_mini.runs.reopen import recorded, saved
-from dnal_mini.runs.runfolder import RunFolder, finished
+from dnal_mini.runs.reopen import saved
+from dnal_mini.runs.runfolder import RunFolder
 from dnal_mini.runs.signals import asked_to_stop
-from dnal_mini.runs.takeover import check_images, images_of
+from dnal_mini.search.answer import answer
 from dnal_mini.search.budget import impose, nearest, share_of
 from dnal_mini.search.floors import collapse_floors, keep_alive
-from dnal_mini.search.inputs import build, data_still_there, load_data, on_device, placed
+from dnal_mini.search.inputs import Data, Inputs, inputs, on_device, placed, settled
 from dnal_mini.search.price import price_for
 from dnal_mini.search.stages import dense_baseline, fine_tune, run_stage, weight_stage
 from dnal_mini.search.widths import architecture, built
@@ -46,6 +46,9 @@ def run(
     progress: Progress | None = None,
     on_row: Callable[[Row], None] | None = None,
     until: str | None = None,
+    *,
+    net: nn.Module | None = None,
+    data: Data = None,
 ) -> Row:
     """The whole road to a smaller network in the folder ``out``; returns the result row.
 
@@ -55,6 +58,12 @@ def run(
     wraps the steps of each epoch; ``on_row`` sees every row as it is written. ``until="weights"``
     stops after stage 1 and the baseline, which runs with other settings of the method can take over
     (``weights_from``), ``until="gates"`` before the cut. The test set is opened once, at the end.
+
+    ``net``: any network to start from, with its own weights; it is left alone (``weight_epochs=0``
+    if it is trained). ``data``: an ``ImageSet``, or three DataLoaders (train, val, test), whose
+    batches arrive normalised and augmented; such a run resumes at the end of an epoch. They take
+    the place of the settings that ``inputs.settled`` names, and are known again by what they are:
+    another net, other weights or other images in the same folder are refused.
 
     SIGINT (Ctrl-C) and SIGTERM let the present step end, save, and raise KeyboardInterrupt.
     With ``config.devices`` or ``num_nodes`` above 1, or under torchrun, many processes run this
@@ -71,20 +80,35 @@ def run(
         >>> dnal.run(config, out="runs/toy") == result  # finished: it is only read
         True
     """
-    if result := answer(config, Path(out)):
+    config = settled(config, net, data)
+    if result := answer(config, Path(out), net, data):
         return result
-    data = load_data(config)
+    return _carried_out(inputs(config, net, data), Path(out), progress, on_row, until)
+
+
+def _carried_out(
+    start: Inputs,
+    out: Path,
+    progress: Progress | None,
+    on_row: Callable[[Row], None] | None,
+    until: str | None,
+) -> Row:
+    """The run in its processes and its folder, from its last checkpoint on."""
+    config = start.config
     devices = start_processes(
         pick_device(config.device), config.devices, config.num_nodes, config.strategy
     )
     if devices:
-        data = on_device(data, devices.device)
+        start = dataclasses.replace(start, data=on_device(start.data, devices.device))
     if devices and devices.global_rank > 0:
         progress = on_row = None
-    with _opened(out, config, data, on_row, devices) as folder, asked_to_stop() as stopping:
+    with _opened(out, start, on_row, devices) as folder, asked_to_stop() as stopping:
         session = Session(folder, progress, stopping, devices, config.checkpoint_s)
         try:
-            return _Run(config, data, session).go(until)
+            return _Run(config, start.data, session, start.net).go(until)
+        except KeyboardInterrupt as stop:
+            again = f"the same call of dnal.run goes on from what is saved in {folder.path}"
+            raise KeyboardInterrupt(f"{str(stop) or 'interrupted'}; {again}") from None
         except FloatingPointError as error:
             folder.write("stopped", text=str(error))
             raise FloatingPointError(
@@ -92,30 +116,20 @@ def run(
             ) from error
 
 
-def answer(config: SearchConfig, out: Path) -> Row | None:
-    """The result of a finished run; None if it is not. Nothing is trained, written or downloaded.
-
-    Raises: ValueError if the folder holds a run with other settings, or other images are now where
-    the run had its own.
-    """
-    result = finished(out, config)
-    known = "fingerprint" in recorded(out).get("data", {})  # not by older versions
-    if result and known and (now := data_still_there(config)):
-        check_images(out, images_of(now))
-    return result
-
-
 def _opened(
-    out: str | Path,
-    config: SearchConfig,
-    data: ImageSet,
+    out: Path,
+    start: Inputs,
     on_row: Callable[[Row], None] | None,
     devices: "Fabric | None",
 ) -> RunFolder:
     """The run's folder: made, checked and locked by the first process, read by the others."""
     folders: list[RunFolder] = []
-    from_first(devices, lambda: folders.append(RunFolder(out, config, data, on_row)))
-    return folders[0] if folders else RunFolder(out, config, data, writes=False)
+
+    def opened(writes: bool) -> RunFolder:
+        return RunFolder(out, start.config, start.data, on_row, writes, start.net_is)
+
+    from_first(devices, lambda: folders.append(opened(True)))
+    return folders[0] if folders else opened(False)
 
 
 @dataclass
@@ -125,12 +139,13 @@ class _Run:
     config: SearchConfig
     data: ImageSet
     session: Session
+    dense: nn.Module
     nets: dict[str, nn.Module] = field(default_factory=dict)
     price: float | None = None  # of the method's stages, once it is known
 
     def __post_init__(self) -> None:
         self.folder: RunFolder = self.session.folder
-        self.dense = placed(build(self.config, self.data), self.config, self.data)
+        self.dense = placed(self.dense, self.config, self.data)
 
     def go(self, until: str | None = None) -> Row:
         """The stages one after the other, each from its last checkpoint on."""
@@ -237,7 +252,9 @@ class _Run:
             )
 
         from_first(self.session.devices, cut)
-        return saved(path)
+        if isinstance(self.config.method, Scorer):
+            return load(path, lambda: copy.deepcopy(self.dense))
+        return saved(path, "" if isinstance(self.config.method, Designer) else self.config.model)
 
     def _test_once(self, small: Pruned) -> Row:
         """Open the test set, measure every net on it, and time dense against pruned."""

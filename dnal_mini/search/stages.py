@@ -94,11 +94,17 @@ def run_stage(
 
         start = place or done + 1
         kept = keep if folder else None
+        if folder and not stage.epochs:  # nothing to train: what others go on from is there too
+            folder.checkpoint(stage, 0, net, optimizer)
         for row in fit(net, data, optimizer, stage, work, session, start, kept):
             measured = work.measure() if work.measure else {}
             row = {"kind": "epoch", "stage": stage.name} | row | measured
             rows = [row, *(work.remark(row) if work.remark else [])]
             last = row["epoch"] == stage.epochs
-            if folder and (last or folder.checkpoint_age_s() >= session.checkpoint_s):
+            stop = session.devices is None and session.stopping is not None and session.stopping()
+            old = folder is not None and folder.checkpoint_age_s() >= session.checkpoint_s
+            if folder and (last or stop or old or not data.train.seekable):
                 folder.checkpoint(stage, row["epoch"], net, optimizer, rows)
             yield from rows
+            if stop and not last:
+                raise KeyboardInterrupt(f"stopped after epoch {row['epoch']}")

@@ -30,6 +30,8 @@ from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.signals import terminable
 from dnal_mini.search import driver
+from dnal_mini.search.answer import answer
+from dnal_mini.search.inputs import settled
 
 Row = runlog.Row
 
@@ -215,7 +217,7 @@ def _unfinished(job: Job) -> Job | None:
 
     def done(run: Job) -> bool:
         with contextlib.suppress(OSError, ValueError):  # a bad record: the run itself says so
-            return driver.answer(run.config, run.folder) is not None
+            return answer(settled(run.config), run.folder) is not None
         return False
 
     left = tuple(run for run in job.then if not done(run))

@@ -6,11 +6,14 @@ from dnal_mini.config import SearchConfig
 from dnal_mini.data.imageset import ImageSet
 from dnal_mini.gating import add_gates, gates
 from dnal_mini.methods.contract import Architecture
+from dnal_mini.models import MODELS
 from dnal_mini.pruning.pruner import Pruned, prune
 from dnal_mini.refused import Refused
 from dnal_mini.search.budget import impose
-from dnal_mini.search.inputs import build, placed
+from dnal_mini.search.inputs import asked, build, placed
 from dnal_mini.training.stage import Row
+
+WIDEST = 64  # times what a builder calls its full width
 
 
 def architecture(widths: dict[str, int], config: SearchConfig, data: ImageSet) -> Architecture:
@@ -28,8 +31,14 @@ def architecture(widths: dict[str, int], config: SearchConfig, data: ImageSet) -
         if all(have[name] >= width for name, width in widths.items()):
             break
         factor *= max(1.01, *(width / have[name] for name, width in widths.items()))
+        if config.width * factor > WIDEST:
+            name = next(name for name, width in widths.items() if have[name] < width)
+            raise Refused(
+                f"got width {widths[name]} for {name}, which {config.model} does not reach: it has "
+                f"{have[name]} at width {wide.width:.3g}; need a builder that widens all layers"
+            )
         wide = config.replace(width=config.width * factor)
-    made_of: dict = vars(net)["config"]
+    made_of: dict = vars(net)["config"] if config.model in MODELS else asked(wide, data)
     arguments = {k: v for k, v in made_of.items() if k not in ("builder", "num_classes")}
     return Architecture(
         config.model, tuple(sorted(arguments.items())), tuple(sorted(widths.items()))

@@ -99,7 +99,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("run --weight-epochs many", ["--weight-epochs 'many'", "need int"]),
         ("run --weight-epochs 1.5", ["--weight-epochs '1.5'", "need int"]),
         ("run --gate-price cheap", ["--gate-price 'cheap'", "need float"]),
-        ("run --model vgg61", ["--model 'vgg61'", "vgg16 or resnet56"]),
+        ("run --model vgg61", ["model 'vgg61'", "need vgg16"]),
         (
             "run --baseline maybe",
             ["--baseline 'maybe'", "need weight-epochs or all-epochs or"],
@@ -108,7 +108,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("run --seed --width 1", ["--seed alone"]),
         ("run --seed 3 digits", ["'digits' alone", "recipe first"]),
         ("run -seed 3", ["'-seed'"]),
-        ("run --weight-epochs 0", ["weight_epochs", "0"]),
+        ("run --weight-epochs -1", ["weight_epochs", "-1"]),
         ("run --arch-epochs -3", ["arch_epochs", "-3"]),
         ("run --fine-tune-epochs -1", ["fine_tune_epochs", "-1"]),
         ("run --method l1norm --budget.macs 0.3", ["method 'l1norm'", "need l1-norm"]),

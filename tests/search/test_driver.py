@@ -15,8 +15,9 @@ from dnal_mini.pruning.netfile import load
 from dnal_mini.pruning.pruner import prune
 from dnal_mini.runs import runlog
 from dnal_mini.search.budget import impose
-from dnal_mini.search.driver import build, load_data, run
+from dnal_mini.search.driver import run
 from dnal_mini.search.floors import collapse_floors, keep_alive
+from dnal_mini.search.inputs import build, load_data
 from dnal_mini.search.stages import arch_stage, fine_tune, weight_stage
 
 CONFIG = SearchConfig().replace(
