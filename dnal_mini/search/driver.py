@@ -15,6 +15,7 @@ from torch import nn
 
 from dnal_mini.config import SearchConfig
 from dnal_mini.data.imageset import ImageSet
+from dnal_mini.figures.growing import watched
 from dnal_mini.gating import add_gates, gate_report, gates
 from dnal_mini.measure.cost import cost
 from dnal_mini.measure.latency import latency_pair
@@ -55,15 +56,16 @@ def run(
     Writes ``record.jsonl`` (see ``runlog``), the last two checkpoints of each stage,
     ``pruned.safetensors`` (before fine-tuning) and ``small.safetensors``. A folder that holds the
     same run is resumed where it was stopped; a finished run is only read. ``progress(steps, text)``
-    wraps the steps of each epoch; ``on_row`` sees every row as it is written. ``until="weights"``
+    wraps the steps of each epoch; ``on_row`` sees every row as it is written; in a notebook a bar
+    and a growing figure stand in for them, elsewhere nothing is shown. ``until="weights"``
     stops after stage 1 and the baseline, which runs with other settings of the method can take over
     (``weights_from``), ``until="gates"`` before the cut. The test set is opened once, at the end.
 
     ``net``: any network to start from, with its own weights; it is left alone (``weight_epochs=0``
-    if it is trained). ``data``: an ``ImageSet``, or three DataLoaders (train, val, test), whose
-    batches arrive normalised and augmented; such a run resumes at the end of an epoch. They take
-    the place of the settings that ``inputs.settled`` names, and are known again by what they are:
-    another net, other weights or other images in the same folder are refused.
+    if it is trained). ``data``: an ``ImageSet``, such as ``data.sources.image_folder`` gives, or
+    three DataLoaders (train, val, test), whose batches arrive normalised and augmented; such a run
+    resumes at the end of an epoch. They take the place of the settings that ``inputs.settled``
+    names, and are known again by what they are: others in the same folder are refused.
 
     SIGINT (Ctrl-C) and SIGTERM let the present step end, save, and raise KeyboardInterrupt.
     With ``config.devices`` or ``num_nodes`` above 1, or under torchrun, many processes run this
@@ -83,7 +85,9 @@ def run(
     config = settled(config, net, data)
     if result := answer(config, Path(out), net, data):
         return result
-    return _carried_out(inputs(config, net, data), Path(out), progress, on_row, until)
+    start = inputs(config, net, data)
+    with watched(f"{config.name} in {out}", progress, on_row) as shown:
+        return _carried_out(start, Path(out), *shown, until)
 
 
 def _carried_out(
