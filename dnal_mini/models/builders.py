@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,17 @@ ASKED = ("width", "image_size")  # given only where a signature has them
 def is_builder(name: str) -> bool:
     """True for a name that a network can be built from."""
     return name in MODELS or NAME.fullmatch(name) is not None
+
+
+def can_import(name: str) -> bool:
+    """False for a builder whose module is not there, and for the class of a given net."""
+    if name in MODELS:
+        return True
+    with _here():
+        try:
+            return is_builder(name) and find_spec(name.partition(":")[0]) is not None
+        except ModuleNotFoundError:  # not even the package around it
+            return False
 
 
 def takes(name: str, argument: str) -> bool:

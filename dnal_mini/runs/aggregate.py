@@ -67,6 +67,9 @@ def by_settings(records: Iterable[Record]) -> list[list[Row]]:
         odd = [config[name] for name, usual in USUAL.items() if config.get(name, usual) != usual]
         label = " ".join([*(asked or [f"{strength:g}"]), *odd])
         key = {name: config[name] for name in config if name not in {"seed", *MEANS}}
+        if config["data"] == "own":  # then no setting says which images
+            key["data"] = [rows[0]["data"][part] for part in ("name", "train", "val")]
+        key["net"] = (rows[0].get("net") or {}).get("structure")
         groups[json.dumps(key, sort_keys=True)][found["seed"]] = found | {"setting": label}
     return sorted(
         (list(runs.values()) for runs in groups.values()),

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from dnal_mini.config import PATHS, SearchConfig
 from dnal_mini.data.imageset import ImageSet, Split, carve
-from dnal_mini.data.loaders import LoaderPart, checked, loaded_set
+from dnal_mini.data.loaders import LoaderPart, checked, loaded_set, repeatable
 from dnal_mini.data.sources import cifar10, digits, image_folder, toy_images
 from dnal_mini.gating import add_gates
 from dnal_mini.graph.capture import evaluating
@@ -89,6 +89,8 @@ def inputs(config: SearchConfig, net: nn.Module | None = None, data: Data = None
     if config.data == "cifar10" and not config.data_dir:  # there by now, wherever one stands later
         config = dataclasses.replace(config, data_dir=str(Path("data/cifar10").absolute()))
     dense, net_is = dense_net(config, net, images)
+    if data is not None or net is not None or config.model not in MODELS:
+        _check_fit(dense, images)
     if net is not None or config.model not in MODELS:
         _check_net(dense, config, images)
     return Inputs(config, images, dense, net_is)
@@ -180,8 +182,7 @@ def on_device(data: ImageSet, device: torch.device) -> ImageSet:
 
 def build(config: SearchConfig, data: ImageSet) -> nn.Module:
     """The dense network of a config, without gates, from the config's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with repeatable(config.seed):
         return build_named(config.model, data.num_classes, **asked(config, data))
 
 
@@ -262,15 +263,19 @@ def _answer(net: nn.Module, image_shape: tuple[int, ...]) -> Tensor:
     return said[0]
 
 
-def _check_net(net: nn.Module, config: SearchConfig, data: ImageSet) -> None:
-    """Raises: ValueError for a network of the user's that the run would fail with later."""
-    gated, method = add_gates(net, config.order), config.method
+def _check_fit(net: nn.Module, data: ImageSet) -> None:
+    """Raises: ValueError for a network that cannot tell the classes of the images."""
     classes = len(_answer(net, data.image_shape))
     if classes < data.num_classes:
         raise Refused(
             f"got a net that tells {classes} classes apart, and images of {data.num_classes}; "
             "need as many; do change its last layer"
         )
+
+
+def _check_net(net: nn.Module, config: SearchConfig, data: ImageSet) -> None:
+    """Raises: ValueError for a network of the user's that the run would fail with later."""
+    gated, method = add_gates(net, config.order), config.method
     analyse(gated, data.image_shape)
     if config.tuned_from == "scratch" and (name := cannot_restart(net)):
         raise Refused(

@@ -127,6 +127,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("run --delta-max 0.5", ["delta_max", "0.5"]),
         ("run --data cifar10 --data-dir nowhere", ["nowhere"]),
         ("run --device cuda:977", ["cuda:977"]),
+        ("run --data own", ["data own", "data=..."]),
+        ("run --weights nowhere.safetensors", ["weights", "nowhere.safetensors", "not there"]),
         ("run --device nonsense", ["nonsense"]),
         ("resume", ["no folder"]),
         ("resume nowhere", ["nowhere"]),

@@ -55,6 +55,21 @@ def joint(tuned: float, **fields: object) -> list[Row]:
 # --- means over seeds --------------------------------------------------------------------------
 
 
+def test_runs_on_other_images_or_nets_of_the_users_are_not_taken_together():
+    def mine(name: str, structure: str, seed: int) -> list[Row]:
+        first, *others = record(0.8, seed=seed, data="own", model="nets.Net")
+        made_of = {"data": {"name": name, "train": 90, "val": 33}, "net": {"structure": structure}}
+        return [first | made_of, *others]
+
+    runs = [
+        mine("ants", "a1", 0),
+        mine("ants", "a1", 1),
+        mine("bees", "a1", 0),
+        mine("ants", "b2", 0),
+    ]
+    assert sorted(len(group) for group in aggregate.by_settings(runs)) == [1, 1, 2]
+
+
 def test_the_table_over_seeds_has_mean_and_sample_deviation():
     runs = [
         record(0.80, 300, seed=0),

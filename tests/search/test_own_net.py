@@ -176,6 +176,13 @@ def test_one_of_ours_takes_loaders_and_learns_its_classes_from_their_labels(tmp_
     assert small.spec["image_shape"] == [3, 16, 16]
 
 
+def test_images_that_one_of_ours_does_not_take_are_refused_before_anything_is_made(tmp_path):
+    grey = toy(image_shape=(1, 16, 16))
+    with pytest.raises(ValueError, match=r"a ResNet56 that does not take images of \(1, 16, 16\)"):
+        run(CONFIG.replace(model="resnet56"), tmp_path / "run", data=grey)
+    assert not (tmp_path / "run").exists()
+
+
 # Resumed ------------------------------------------------------------------------------------------
 
 
@@ -517,6 +524,37 @@ def test_the_command_takes_a_function_that_makes_the_net(place, capsys, monkeypa
     monkeypatch.delitem(sys.modules, "nets_of_mine")
     assert "got another net than that of run" in the_line(capsys, "run", *WORDS, *given)
     assert "got another net than that of run" in the_line(capsys, "resume", "run")
+
+
+def test_a_finished_run_whose_builder_is_gone_is_still_told(place, capsys, monkeypatch):
+    given = ["--model", "nets_of_mine:plain", "--data-dir", "images", "--out", "run"]
+    assert main(["run", *WORDS, *given]) == 0
+    Path("nets_of_mine.py").unlink()
+    monkeypatch.delitem(sys.modules, "nets_of_mine")
+    importlib.invalidate_caches()
+    capsys.readouterr()
+    assert main(["resume", "run"]) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    assert "nets_of_mine" in the_line(capsys, "run", *WORDS, *given[:-1], "other")
+
+
+def test_weights_that_a_builder_draws_from_numpy_are_drawn_by_the_seed(place):
+    text = (
+        MODULE
+        + """
+def drawn(num_classes):
+    import random
+    import numpy as np
+    net = plain(num_classes)
+    with torch.no_grad():
+        net[0].weight += np.random.rand() + random.random()
+    return net
+"""
+    )
+    Path("nets_of_mine.py").write_text(text)
+    config = CONFIG.replace(model="nets_of_mine:drawn", baseline="none")
+    result = run(config, "run", data=toy(image_shape=(3, 16, 16)))
+    assert run(config, "run", data=toy(image_shape=(3, 16, 16))) == result
 
 
 BUILDERS = {
