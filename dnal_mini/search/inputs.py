@@ -21,7 +21,6 @@ from dnal_mini.data.imageset import ImageSet, Split, carve
 from dnal_mini.data.loaders import LoaderPart, checked, loaded_set, repeatable
 from dnal_mini.data.sources import cifar10, digits, image_folder, toy_images
 from dnal_mini.gating import add_gates
-from dnal_mini.graph.capture import evaluating
 from dnal_mini.methods.contract import Scorer, Subject, Widther
 from dnal_mini.models import MODELS, cannot_restart
 from dnal_mini.models.builders import build_named, is_builder, takes
@@ -118,7 +117,7 @@ def dense_net(
 
     None for the latter where all is said by the settings: one of ours, drawn by the seed.
     """
-    dense = copy.deepcopy(net).cpu() if net is not None else build(config, data)
+    dense = copy.deepcopy(net).cpu().float() if net is not None else build(config, data)
     if config.weights:
         load_weights(dense, Path(config.weights))
     given = net is not None or bool(config.weights)
@@ -241,19 +240,21 @@ def _all_tensors(net: nn.Module) -> list[tuple[str, Tensor]]:
 def _answer(net: nn.Module, image_shape: tuple[int, ...]) -> Tensor:
     """What a net says to one image, one number per class.
 
-    Raises: ValueError for a net that does not take such an image, or gives no such tensor.
+    Raises: ValueError for a net that does not take such an image, or gives no such tensor, in
+    either mode.
     """
-    net = copy.deepcopy(net).cpu()
-    like = next(net.parameters(), torch.zeros(()))
+    net = copy.deepcopy(net).cpu().float()
     try:
-        with evaluating(net), torch.no_grad():
-            said = net(torch.zeros(2, *image_shape, dtype=like.dtype))
+        with repeatable(0), torch.no_grad():
+            images = torch.rand(2, *image_shape)
+            said, also = net.eval()(images), net.train()(images)
     except Exception as error:  # whatever the user's forward raises
         told = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise Refused(
             f"got a {type(net).__name__} that does not take images of {tuple(image_shape)} "
             f"({told}); need one that does; do change the images or the net"
         ) from error
+    said = said if isinstance(also, Tensor) else also
     if not isinstance(said, Tensor) or said.dim() != 2 or len(said) != 2:
         shape = f" of shape {tuple(said.shape)}" if isinstance(said, Tensor) else ""
         raise Refused(

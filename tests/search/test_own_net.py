@@ -148,6 +148,11 @@ def test_any_net_and_any_images_take_the_whole_road(tmp_path, given, order):
     assert run(config, tmp_path / "run", net=mine, data=given()) == result
 
 
+def test_a_net_of_another_precision_is_trained_in_that_of_the_run(tmp_path):
+    result = run(CONFIG, tmp_path / "run", net=net().double(), data=toy())
+    assert told(run(CONFIG, tmp_path / "float", net=net(), data=toy())) == told(result)
+
+
 def test_a_given_net_starts_from_its_own_weights(tmp_path):
     first = run(CONFIG.replace(baseline="none"), tmp_path / "first", net=net(), data=toy())
     other = run(CONFIG.replace(baseline="none"), tmp_path / "other", net=net(1), data=toy())
@@ -306,6 +311,11 @@ class Twice(Net):
         return super().forward(x), x
 
 
+class Helped(Net):
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return (super().forward(x), x) if self.training else super().forward(x)
+
+
 class Branching(Net):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if float(x.detach().mean()) < 9 else -x)
@@ -346,6 +356,7 @@ NETS = {
     "no norm": (no_norm, {}, "got no BatchNorm2d to gate"),
     "another size": (lambda: nn.Sequential(*no_norm(), nn.Linear(4, 2)), {}, "does not take image"),
     "a tuple": (Twice, {}, "answers two images with a tuple"),
+    "a tuple to train on": (Helped, {}, "answers two images with a tuple"),
     "few classes": (lambda: net(num_classes=2), {}, "tells 2 classes apart, and images of 3"),
     "not traced": (Branching, {}, "cannot trace.*without data-dependent control flow|FakeTensor"),
     "own weights": (Scaled, {"tuned_from": "scratch"}, "layer Scaled has weights and no reset_par"),
