@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from dnal_mini.data.sources import toy_images
 from dnal_mini.gating import add_gates, arch_parameters, open_gates, set_gates
-from dnal_mini.layers.gated_norm import GatedNorm
+from dnal_mini.layers.gated_norm import Gated
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.models import MODELS
 from dnal_mini.runs.origin import describe_run
@@ -56,7 +56,7 @@ def layouts(plain: nn.Module) -> dict[str, nn.Module]:
     folded = add_gates(plain)
     explicit, authors = copy.deepcopy(folded), copy.deepcopy(folded)
     for net, gate_of in ((explicit, None), (authors, TransposedGate)):
-        for layer in (m for m in net.modules() if isinstance(m, GatedNorm)):
+        for layer in (m for m in net.modules() if isinstance(m, Gated)):
             layer.folded = False
             if gate_of is not None:
                 layer.gate = gate_of(len(layer.gate.s)).to(layer.gate.s)

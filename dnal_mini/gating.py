@@ -4,17 +4,26 @@ Read ``add_gates``. The layer itself is ``layers/scaled_sigmoid.py``; nothing he
 training, pruning or particular networks.
 """
 
-import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_mini.graph.capture import replace_module, trace
-from dnal_mini.graph.ops import is_activation
-from dnal_mini.layers.gated_norm import GatedNorm
+from dnal_mini.graph.capture import replace_everywhere
+from dnal_mini.graph.copies import copied
+from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.observed import (
+    activations_behind,
+    convolutions_at_the_end,
+    difference,
+    tolerance,
+)
+from dnal_mini.graph.ops import CONVS
+from dnal_mini.layers.gated_norm import Gated, GatedFirst, GatedLate, put_gate, take_gate
 from dnal_mini.layers.scaled_sigmoid import Mode, ScaledSigmoid
 from dnal_mini.refused import Refused
 
@@ -31,18 +40,28 @@ Where = Callable[[str, nn.Module], bool]
 
 
 def add_gates(
-    net: nn.Module, order: Order = "conv-bn-ss-relu", where: Where | None = None
+    net: nn.Module,
+    order: Order = "conv-bn-ss-relu",
+    where: Where | None = None,
+    image_shape: Sequence[int] | None = None,
 ) -> nn.Module:
-    """A copy of any CNN with an SS layer at its BatchNorm2d layers; the argument is untouched.
+    """A copy of any CNN with an SS layer at its BatchNorms (1d, 2d, 3d, Sync).
 
-    ``where(name, norm)`` tells which BatchNorm2d get a gate. Without it the network's own
-    ``gate_here(name)`` decides if it has one (the paper's placement), else all are gated.
-    Gates start in mode "off", so the copy computes what ``net`` computes.
-    For "conv-bn-relu-ss" the copy is a ``torch.fx.GraphModule``, since activations are often
-    shared or functional; a BatchNorm that feeds no activation is gated itself.
+    A norm stays in its place and under its name, in class and parameters; NAME.gate is its gate.
+    In a net without any BatchNorm the convolutions get the gates, behind their bias, but for
+    those that make the net's output. ``where(name, layer)`` tells which of them do. Without it
+    the network's own ``gate_here(name)`` decides if it has one (the paper's placement), else all.
+    Gates start in mode "off", so the copy computes what ``net`` computes: both are compared, in
+    both modes, on images of ``image_shape``, by default of a usual size that the net takes; if
+    it takes none, they are not.
+    For "conv-bn-relu-ss" running it shows where a gate goes. A layer whose output not one
+    activation alone reads, or one that does not keep 0 (sigmoid), has its gate itself.
 
     Source: Guo et al. 2022, sec. 3.2, fig. 2 and fig. 4 [guo2022dnal].
-    Raises: ValueError for an unknown order, a net that already has gates, or no layer chosen.
+    Raises: ValueError for an unknown order, a net that already has gates, no layer chosen or one
+    with no place for a gate, images that the net does not take, or a forward that does something
+    else once there are gates; for "conv-bn-relu-ss" and a net without norms, if no images are
+    found.
     Example:
         >>> net, images = dnal.models.vgg16(width=0.125).eval(), torch.randn(2, 3, 32, 32)
         >>> gated = dnal.add_gates(net)
@@ -50,67 +69,89 @@ def add_gates(
         (0, 13)
         >>> torch.equal(net(images), gated(images))
         True
+        >>> isinstance(gated.features.bn1, torch.nn.BatchNorm2d)
+        True
     """
     if order not in get_args(Order):
         raise Refused(f"got order {order!r}; need one of {', '.join(get_args(Order))}")
     if gates(net):
         raise Refused("got a net that has gates already; need a plain one: gate a fresh net")
+    images = example_images(net, image_shape)
+    sites = _sites(net, where, images)
+    late: dict[str, str] = {}
+    if order == "conv-bn-relu-ss":
+        late = activations_behind(net, _known(images), sites)
+    gated = copied(net)
+    for name in sites:
+        layer = gated.get_submodule(name)
+        if name in late:
+            put_gate(layer, GatedLate, late[name])
+        else:
+            first = order == "conv-ss-bn-relu" and isinstance(layer, _BatchNorm)
+            put_gate(layer, GatedFirst if first else Gated)
+    if images is not None:
+        _compare(net, gated, images, sites)
+    return gated
+
+
+def _sites(net: nn.Module, where: Where | None, images: Tensor | None) -> list[str]:
+    """Names of the layers that get a gate."""
     own = getattr(net, "gate_here", None)
-    chosen = where or ((lambda name, norm: own(name)) if own else (lambda name, norm: True))
-    net = copy.deepcopy(net)
-    sites = {
-        name: module
-        for name, module in net.named_modules()
-        if isinstance(module, nn.BatchNorm2d) and chosen(name, module)
-    }
+    chosen = where or ((lambda name, layer: own(name)) if own else (lambda name, layer: True))
+    layers: dict[str, nn.Module]
+    layers = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm)}
+    if not layers:
+        layers = {name: m for name, m in net.named_modules() if isinstance(m, CONVS)}
+        ends = convolutions_at_the_end(net, _known(images)) if layers else set()
+        layers = {name: m for name, m in layers.items() if name not in ends}
+    sites = [name for name, layer in layers.items() if chosen(name, layer)]
     if not sites:
         raise Refused(
-            "got no BatchNorm2d to gate; need at least one: change `where` or the network"
+            "got no BatchNorm to gate, and no convolution before another layer; need at least "
+            "one: change `where` or the network"
         )
-    if order == "conv-bn-relu-ss":
-        return _gate_after_activation(net, sites)
-    for norm in sites.values():
-        gated = GatedNorm(norm, _gate_like(norm), gate_first=order == "conv-ss-bn-relu")
-        for alias, module in list(net.named_modules(remove_duplicate=False)):
-            if module is norm:
-                replace_module(net, alias, gated)
-    return net
+    return sites
 
 
-def _gate_like(norm: nn.BatchNorm2d) -> ScaledSigmoid:
-    """A fresh gate on the device and in the dtype of a BatchNorm."""
-    like = norm.weight if norm.affine else norm.running_mean
-    gate = ScaledSigmoid(norm.num_features)
-    return gate.to(like) if like is not None else gate
+def _known(images: Tensor | None) -> Tensor:
+    if images is None:
+        raise Refused("got a net that takes no image of a usual size; need image_shape; do give it")
+    return images
 
 
-def _gate_after_activation(net: nn.Module, sites: dict[str, nn.BatchNorm2d]) -> nn.Module:
-    """Insert each gate behind the activation that follows its BatchNorm, by rewriting the graph."""
-    traced = trace(net)
-    for node in list(traced.graph.nodes):
-        if node.op == "call_module" and node.target in sites:
-            put_behind_activation(traced, node, _gate_like(sites[node.target]))
-    traced.recompile()
-    if hasattr(net, "config"):  # how to rebuild the net: the pruner writes it into the spec
-        traced.config = net.config
-    return traced
+def _compare(net: nn.Module, gated: nn.Module, images: Tensor, sites: Collection[str]) -> None:
+    """Raises: ValueError if copies of both compute different things, or not by the same layers."""
+    pair, calls = (copied(net), copied(gated)), (Counter[str](), Counter[str]())
+    for each, count in zip(pair, calls, strict=True):
+        for name in sites:
+            layer = each.get_submodule(name)
+            layer.register_forward_pre_hook(lambda *_, n=name, count=count: count.update([n]))
+    for train in (False, True):
+        gap, mode = difference(*pair, images, train), "train" if train else "eval"
+        if gap > tolerance(images):
+            raise Refused(
+                f"got a {type(net).__name__} whose copy with gates, all off, differs by {gap:.1e} "
+                f"in {mode} mode; need a forward that does not look at what a layer is made of"
+            )
+    if missed := [name for name in sites if calls[0][name] != calls[1][name]]:
+        raise Refused(
+            f"got a {type(net).__name__} whose copy does not call its own {missed[0]}; need a "
+            "forward that finds its layers by self, not in a lambda or a global"
+        )
 
 
-def put_behind_activation(traced: fx.GraphModule, norm: fx.Node, module: nn.Module) -> None:
-    """Insert a module behind the activation that alone follows a norm, else behind the norm.
+def strip_gates(net: nn.Module) -> None:
+    """Take all SS layers out of a network, in place, whatever they do."""
+    for layer in [m for m in net.modules() if isinstance(m, Gated)]:
+        take_gate(layer)
+    for gate in gates(net).values():
+        replace_everywhere(net, gate, nn.Identity())
 
-    Its name is the norm's with "_gate" behind it. The graph is to be recompiled afterwards.
-    """
-    users = list(norm.users)
-    site = users[0] if len(users) == 1 and is_activation(users[0], traced) else norm
-    name = f"{norm.target}_gate"
-    if name in dict(traced.named_modules()):
-        raise Refused(f"{norm.target} is called twice; need one call per gated BatchNorm")
-    traced.add_submodule(name, module)
-    with traced.graph.inserting_after(site):
-        gate = traced.graph.call_module(name)
-    site.replace_all_uses_with(gate)
-    gate.args = (site,)
+
+def site_of(net: nn.Module, gate: str) -> str:
+    """Name of the layer that a gate belongs to; the gate's own if the net calls it by itself."""
+    name = gate.rpartition(".")[0]
+    return name if isinstance(net.get_submodule(name), Gated) else gate
 
 
 def gates(net: nn.Module) -> dict[str, ScaledSigmoid]:

@@ -17,7 +17,7 @@ from dnal_mini.gating import (
     set_gates,
     weight_parameters,
 )
-from dnal_mini.layers.gated_norm import GatedNorm
+from dnal_mini.layers.gated_norm import Gated
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.methods.dnal import hold_floors
 
@@ -97,7 +97,7 @@ def test_threshold_of_the_authors_closes_what_is_undecided():
 def test_new_gates_change_nothing_and_leave_the_argument_alone(order):
     net = small_net()
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    gated = add_gates(net, order)
+    gated = add_gates(net, order, image_shape=(3, 9, 11))
     x = images()
     torch.testing.assert_close(gated.eval()(x), net.eval()(x), rtol=0, atol=0)
     assert not gates(net)
@@ -117,7 +117,7 @@ def test_folded_gate_equals_the_explicit_layer(train, mode):
     explicit.load_state_dict(folded.state_dict())
     set_gates(explicit, mode=mode)
     for module in explicit.modules():
-        if isinstance(module, GatedNorm):
+        if isinstance(module, Gated):
             module.folded = False
     x = images()
     outputs = [net.train(train)(x) for net in (folded, explicit)]
@@ -128,13 +128,13 @@ def test_folded_gate_equals_the_explicit_layer(train, mode):
         if mode == "hard" and a.grad is None and b.grad is None:
             continue  # a hard gate has no gradient
         torch.testing.assert_close(a.grad, b.grad)
-    torch.testing.assert_close(folded[1].norm.running_var, explicit[1].norm.running_var)
+    torch.testing.assert_close(folded[1].running_var, explicit[1].running_var)
 
 
 @pytest.mark.parametrize(("act", "same"), [(nn.ReLU, True), (nn.ReLU6, False)])
 def test_orders_after_the_norm_agree_with_relu_only(act, same):
     net = small_net(act)
-    nets = [add_gates(net, order) for order in ORDERS[:2]]
+    nets = [add_gates(net, order, image_shape=(3, 9, 11)) for order in ORDERS[:2]]
     randomise(nets[0], 0.7)
     for ours, theirs in zip(arch_parameters(nets[1]), arch_parameters(nets[0]), strict=True):
         ours.data.copy_(theirs.data)
@@ -144,7 +144,7 @@ def test_orders_after_the_norm_agree_with_relu_only(act, same):
         for norm in (m for m in gated.modules() if isinstance(m, nn.BatchNorm2d)):
             norm.weight.data.fill_(8)  # large enough to meet the clip at 6
         for module in gated.modules():
-            if isinstance(module, GatedNorm):
+            if isinstance(module, Gated):
                 module.folded = False
     a, b = (gated.train()(x) for gated in nets)
     assert bool((a == b).all()) is same

@@ -44,7 +44,7 @@ def main() -> None:
     accuracy = evaluate(model, data.val, data, feed, batch=10, devices=fabric)
     if fabric is None or fabric.global_rank == 0:
         found = {"losses": losses, "accuracy": accuracy, "net": model.state_dict()}
-        torch.save(found | {"norm": type(model[1].norm).__name__}, Path(sys.argv[1]))
+        torch.save(found | {"norm": type(model[1]).__name__}, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """A network as a file for other runtimes; named once it has computed what the net does."""
 
-import copy
 import importlib
 import os
 import re
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dnal_mini.deployment.fold import deploy, refuse_gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.refused import Refused
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}  # file against network, relative
@@ -78,7 +78,7 @@ def export(
         for name in ONNX_PACKAGES:
             _package(name)
     refuse_gates(net)
-    eager = copy.deepcopy(net).cpu().eval()
+    eager = copied(net).cpu().eval()
     images = _images(eager, TRACED_BATCH, image_shape)
     _outputs(eager, images)  # a wrong shape is told here, before the exporters tell it at length
     with (
@@ -86,7 +86,7 @@ def export(
         tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder,
     ):
         warnings.filterwarnings("ignore", TORCH_WARNS, FutureWarning)
-        run = write(deploy(eager) if fold else eager, images, Path(folder) / path.name)
+        run = write(deploy(eager, image_shape) if fold else eager, images, Path(folder) / path.name)
         difference = _difference(eager, run, image_shape)
         limit = TOLERANCES[images.dtype]
         if not difference <= limit:

@@ -1,31 +1,41 @@
 """Every norm that can be folded into the layer before it is: a network for inference."""
 
-import copy
-from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dnal_mini.gating import gates
-from dnal_mini.graph.capture import replace_module, trace
-from dnal_mini.graph.ops import CONVS, NORMS, TRANSPOSED, is_activation
+from dnal_mini.graph.capture import replace_everywhere
+from dnal_mini.graph.copies import copied
+from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.observed import norms_behind, same
+from dnal_mini.graph.ops import CONVS, NORMS, TRANSPOSED
+from dnal_mini.layers.hollow import hollow
+from dnal_mini.layers.mixed import parts
 from dnal_mini.refused import Refused
+
+LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
+
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def deploy(net: nn.Module) -> nn.Module:
+def deploy(net: nn.Module, image_shape: Sequence[int] | None = None) -> nn.Module:
     """A copy for inference, in eval mode: each BatchNorm folded into the layer before it.
 
     Folded is a BatchNorm with running statistics that directly follows a convolution (any
     dimension, grouped, transposed) or a linear layer, if nobody else reads what the layer puts
-    out and both are called once. The norm becomes an ``nn.Identity``; class and forward code stay.
+    out and both are called once: running the net on images shows it, by default on images of a
+    usual size that it takes. The norm becomes an ``nn.Identity``; class and forward code stay.
     Everything else is left as it is: layers with hooks or parametrizations, classes derived from
-    torch's own, a linear layer whose output may be more than (batch, features).
+    torch's own, a linear layer whose output is more than (batch, features).
+    The copy has been compared with the net on such images. Where the forward code looks at its
+    norms, a folded one keeps its class without tensors, or is left unfolded.
 
-    Raises: ValueError for a net with gates or one that torch.fx cannot trace.
+    Raises: ValueError for a net with gates, or images that the net does not take.
     Example:
         >>> net = dnal.models.resnet56(width=0.25)
         >>> count = lambda net: sum(isinstance(m, torch.nn.BatchNorm2d) for m in net.modules())
@@ -33,24 +43,20 @@ def deploy(net: nn.Module) -> nn.Module:
         (55, 0)
     """
     refuse_gates(net)
-    net = copy.deepcopy(net).eval()
-    graph = trace(net)
-    nodes = list(graph.graph.nodes)
-    calls = Counter(id(_module(node, graph)) for node in nodes if node.op == "call_module")
-    attributes = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
-    read = {id(attributes.get(str(node.target))) for node in nodes if node.op == "get_attr"}
-    for node in nodes:
-        pair = _foldable(node, graph)
-        if pair is None or any(calls[id(module)] > 1 for module in pair):
-            continue
-        layer, norm = pair
-        tensors = (*layer.parameters(), *norm.parameters(), *norm.buffers())
-        if read.isdisjoint(map(id, tensors)):
-            _fold(layer, norm)
-            for name, module in list(net.named_modules(remove_duplicate=False)):
-                if module is norm:
-                    replace_module(net, name, nn.Identity())
-    return net
+    layers = [name for name, module in net.named_modules() if _is_ours(module, LAYERS, "scatter")]
+    images = example_images(net, image_shape)
+    if images is None:
+        raise Refused("got a net that takes no image of a usual size; need image_shape; do give it")
+    pairs = norms_behind(net, images, layers)
+    pairs = {a: b for a, b in pairs.items() if _is_ours(net.get_submodule(b), NORMS, "gather")}
+    for leave in (_nothing, hollow):
+        small = _folded(net, pairs, leave)
+        if same(net, small, images):
+            return small
+    for layer in list(pairs):  # something reads the numbers of a norm, or of a layer
+        if not same(net, _folded(net, {layer: pairs[layer]}, hollow), images):
+            del pairs[layer]
+    return _folded(net, pairs, hollow)
 
 
 def refuse_gates(net: nn.Module) -> None:
@@ -58,43 +64,29 @@ def refuse_gates(net: nn.Module) -> None:
         raise Refused(f"got a net with {count} gates; need one without; do prune it first")
 
 
-def _module(node: fx.Node, graph: fx.GraphModule) -> Any:
-    return graph.get_submodule(str(node.target)) if node.op == "call_module" else None
+def _is_ours(module: Any, kinds: tuple[type, ...], between: str) -> bool:
+    """True for a layer of torch's that nothing changes, with no ChannelMap of that role."""
+    if parts(type(module))[0] not in kinds or getattr(module, "running_mean", module) is None:
+        return False
+    watched = any(getattr(module, hooks) for hooks in HOOKS)
+    return not (watched or "forward" in vars(module) or hasattr(module, between))
 
 
-def _foldable(node: fx.Node, graph: fx.GraphModule) -> tuple[Any, Any] | None:
-    """The layer and the norm that read each other's tensor and nobody else's, if node is a norm."""
-    norm = _module(node, graph)
-    if type(norm) not in NORMS or norm.running_mean is None or len(node.all_input_nodes) != 1:
-        return None
-    before = node.all_input_nodes[0]
-    layer = _module(before, graph)
-    if type(layer) not in (*CONVS, *TRANSPOSED, nn.Linear) or len(before.users) > 1:
-        return None
-    if type(layer) is nn.Linear and not _is_matrix(before, graph):
-        return None
-    watched = any(getattr(m, hooks) for m in (layer, norm) for hooks in HOOKS)
-    changed = any("forward" in vars(module) for module in (layer, norm))
-    return None if watched or changed else (layer, norm)
+def _folded(
+    net: nn.Module, pairs: Mapping[str, str], leave: Callable[[nn.Module], nn.Module]
+) -> nn.Module:
+    """A copy with norms folded into layers; ``leave`` makes of each norm what is left of it."""
+    net = copied(net).eval()
+    for layer, name in pairs.items():
+        norm = net.get_submodule(name)
+        _fold(net.get_submodule(layer), norm)
+        replace_everywhere(net, norm, leave(norm))
+    return net
 
 
-def _is_matrix(node: fx.Node, graph: fx.GraphModule) -> bool:
-    """True if a tensor surely is (batch, features): a norm then counts the last dimension."""
-    keeps_rank = (nn.Linear, nn.Dropout, nn.Identity, *NORMS)
-    while isinstance(_module(node, graph), keeps_rank) or is_activation(node, graph):
-        node = node.all_input_nodes[0]
-    module = _module(node, graph)
-    if isinstance(module, nn.Flatten):
-        return (module.start_dim, module.end_dim) == (1, -1)
-    arguments = (*node.args[1:], *node.kwargs.values())
-    match getattr(node.target, "__name__", node.target):
-        case "flatten":
-            return arguments in ((1,), (1, -1))
-        case "mean":
-            return arguments in (((2, 3),), ([2, 3],), ((-2, -1),), ([-2, -1],))
-        case "view" | "reshape":
-            return node.op == "call_method" and len(arguments) == 2
-    return False
+def _nothing(norm: nn.Module) -> nn.Module:
+    """What stands in a norm's place: what was behind it, if anything was."""
+    return getattr(norm, "scatter", nn.Identity())
 
 
 @torch.no_grad()

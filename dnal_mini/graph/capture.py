@@ -7,10 +7,13 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx, nn
 
+from dnal_mini.layers.mapped import Mapped
+from dnal_mini.layers.mixed import parts
 from dnal_mini.refused import Refused
 
 
@@ -19,6 +22,15 @@ class LeafTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return getattr(m, "fx_leaf", False) or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if not isinstance(m, Mapped):
+            return super().call_module(m, forward, args, kwargs)
+        name = self.path_of_module(m)
+        for part in (f"{name}.gather", name, f"{name}.scatter"):
+            if part == name or hasattr(m, part.rpartition(".")[2]):
+                args = (self.create_proxy("call_module", part, args, {}),)
+        return args[0]
 
 
 def trace(net: nn.Module) -> fx.GraphModule:
@@ -34,7 +46,13 @@ def trace(net: nn.Module) -> fx.GraphModule:
             f"got a {type(net).__name__} that torch.fx cannot trace ({reason}{_line_of(error)}); "
             "need a forward without data-dependent control flow"
         ) from error
-    return fx.GraphModule(net, graph)
+    traced = fx.GraphModule(net, graph)
+    for name, module in list(traced.named_modules()):
+        if isinstance(module, Mapped):  # its maps are operations of their own
+            alone: Any = object.__new__(parts(type(module))[0])
+            alone.__dict__ = vars(module)
+            replace_module(traced, name, alone)
+    return traced
 
 
 def _line_of(error: Exception) -> str:
@@ -63,3 +81,10 @@ def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` at a qualified name of ``net``, in place."""
     parent, _, child = name.rpartition(".")
     setattr(net.get_submodule(parent), child, module)
+
+
+def replace_everywhere(net: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` under all names of ``old``, in place."""
+    for name, module in list(net.named_modules(remove_duplicate=False)):
+        if module is old:
+            replace_module(net, name, new)

@@ -11,7 +11,7 @@ Mode = Literal["off", "soft", "hard"]
 class ScaledSigmoid(nn.Module):
     """Soft switch per channel: ``x * sigmoid(delta * s)``.
 
-    Input and output: (batch, channels, height, width). ``mode`` is a word:
+    Input and output: (batch, channels, ...), for images with height and width. ``mode`` is a word:
     "off" is the identity (gain 1), "soft" multiplies by ``p = sigmoid(delta * s)``,
     "hard" multiplies by 1 where ``p > threshold`` and by 0 elsewhere. ``s`` starts at 0, where
     p = 0.5 for every delta.
@@ -62,7 +62,7 @@ class ScaledSigmoid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gain = self.gain()
-        return x if gain is None else x * gain[:, None, None].to(x.dtype)
+        return x if gain is None else x * gain.reshape(-1, *[1] * (x.dim() - 2)).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{len(self.s)}, mode={self.mode!r}"

@@ -5,6 +5,7 @@ A run with many processes then computes what a run with one does. Knows torch.di
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,16 +15,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @contextmanager
 def synced_norms(net: nn.Module) -> Iterator[None]:
-    """Every BatchNorm of ``net`` is a ``SyncedNorm`` inside the block, with its own parameters."""
+    """Every BatchNorm of ``net`` computes as a ``SyncedNorm`` inside the block.
+
+    What a class derived from torch's does besides, it goes on doing.
+    """
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
-    classes = [type(norm) for norm in norms]
-    for norm in norms:
-        norm.__class__ = SyncedNorm
+    classes: list[Any] = [type(norm) for norm in norms]
+    for norm, kind in zip(norms, classes, strict=True):
+        norm.__class__ = _synced(kind)
     try:
         yield
     finally:
         for norm, kind in zip(norms, classes, strict=True):
             norm.__class__ = kind
+
+
+@cache
+def _synced(kind: Any) -> type:
+    """The class whose super().forward, wherever it calls that, is SyncedNorm's."""
+    return type(f"Synced{kind.__name__}", (kind, SyncedNorm), {})
 
 
 class SyncedNorm(_BatchNorm):

@@ -4,7 +4,6 @@
 scripts cut, ``authors_counting`` and ``masked_counting`` what they count.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dnal_mini.gating import gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.measure.cost import layer_calls, layer_row, layer_table
 from dnal_mini.refused import Refused
@@ -107,7 +107,7 @@ def masked_rule(net: nn.Module, beside: Sequence[str] = BESIDE) -> dict[str, Ten
 @torch.no_grad()
 def masked_copy(net: nn.Module, beside: Sequence[str] = BESIDE) -> nn.Module:
     """A copy of a gated net whose weights are 0 where ``masked_rule`` cuts them."""
-    masked = copy.deepcopy(net)
+    masked = copied(net)
     for name, mask in masked_rule(net, beside).items():
         masked.get_submodule(name).weight.mul_(mask)  # type: ignore[operator]
     return masked

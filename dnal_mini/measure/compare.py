@@ -4,7 +4,6 @@ Read ``compare`` first. Fewer MACs are a count, time is a measurement, and the o
 the other; so a form without a gain is called that.
 """
 
-import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +16,8 @@ from torch import Tensor, nn
 
 from dnal_mini.deployment.export import export, onnx_runner
 from dnal_mini.deployment.fold import deploy
-from dnal_mini.gating import gates
-from dnal_mini.graph.capture import replace_module
-from dnal_mini.layers.gated_norm import GatedNorm
-from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
+from dnal_mini.gating import gates, strip_gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.measure.cost import cost
 from dnal_mini.measure.latency import interleaved
 from dnal_mini.refused import Refused
@@ -166,13 +163,8 @@ def _check(dense: nn.Module, small: nn.Module, batches: Sequence, forms: Sequenc
 
 def _without_gates(net: nn.Module) -> nn.Module:
     """A copy with the layers that the gates were added to, as they were."""
-    net = copy.deepcopy(net)
-    for name, module in list(net.named_modules(remove_duplicate=False)):
-        if isinstance(module, GatedNorm):
-            replace_module(net, name, module.norm)
-    for name, module in list(net.named_modules(remove_duplicate=False)):
-        if isinstance(module, ScaledSigmoid):
-            replace_module(net, name, nn.Identity())
+    net = copied(net)
+    strip_gates(net)
     return net
 
 
@@ -206,7 +198,7 @@ class _OnnxNet(nn.Module):
 def _in_form(net: nn.Module, form: str, image_shape: Sequence[int]) -> nn.Module:
     """The net as it is to be timed. Raises: ValueError with the reason why it cannot be."""
     if form == "deployed":
-        return deploy(net)
+        return deploy(net, image_shape)
     if form != "onnxruntime":
         return net
     first = next(net.parameters(), torch.zeros(()))

@@ -1,6 +1,5 @@
 """How long a forward pass takes, alone or beside another network, on the net's own device."""
 
-import copy
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.copies import copied
 from dnal_mini.measure.cost import like, output_of, random_images
 from dnal_mini.refused import Refused
 
@@ -105,7 +105,7 @@ def interleaved(
         for net in nets:
             images = random_images(net, image_shape, batch)
             if channels_last:  # a copy: the caller's parameters keep their memory format
-                net = copy.deepcopy(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                net = copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 images = images.contiguous(memory_format=torch.channels_last)
             stack.enter_context(evaluating(net))
             passes.append((net, images))

@@ -4,7 +4,6 @@
 for finding out what a search does; nothing in a search depends on it.
 """
 
-import copy
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from dnal_mini.data.imageset import ImageSet, Split
 from dnal_mini.gating import gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.refused import Refused
 from dnal_mini.training.loop import as_input, autocast
 from dnal_mini.training.stage import Feed
@@ -44,7 +44,7 @@ def look(
         raise Refused(f"got gate {wrong[0]} that is not soft; do set_gates(net, mode='soft')")
     if len(split) < batch:
         raise Refused(f"got {len(split)} images; need at least a batch, {batch}")
-    net = copy.deepcopy(net).train()
+    net = copied(net).train()
     leaves: dict[str, Tensor] = {}
     for name, gate in gates(net).items():
         leaves[name] = p = gate.p.detach().requires_grad_()

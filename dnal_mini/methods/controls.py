@@ -5,13 +5,13 @@ so that a rule and a search can be compared at the same cost.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dnal_mini.gating import gates
-from dnal_mini.layers.gated_norm import GatedNorm
+from dnal_mini.graph.ops import CONVS
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.methods.contract import Method, Subject, Values
 from dnal_mini.refused import Refused
@@ -82,29 +82,13 @@ def filter_norms(net: nn.Module) -> dict[str, Tensor]:
     Raises: ValueError for a gate without a convolution of its width in front of it.
     """
     norms: dict[str, Tensor] = {}
-    last: nn.Conv2d | None = None
+    last: Any = None
     for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, CONVS):
             last = module
         elif isinstance(module, ScaledSigmoid):
             count = len(module.s)
-            conv = _convolution_of(net, name) or last
-            if conv is None or conv.out_channels != count:
+            if last is None or last.out_channels != count:
                 raise Refused(f"got gate {name} without a convolution of {count} channels")
-            norms[name] = conv.weight.detach().abs().sum((1, 2, 3))
+            norms[name] = last.weight.detach().abs().flatten(1).sum(1)
     return norms
-
-
-def _convolution_of(net: nn.Module, gate: str) -> nn.Conv2d | None:
-    """The convolution before a gate that a rewritten graph calls after all modules; else None."""
-    if not isinstance(net, torch.fx.GraphModule) or isinstance(net.get_submodule(gate), GatedNorm):
-        return None
-    for node in net.graph.nodes:
-        if node.op == "call_module" and node.target == gate:
-            while node.op != "placeholder":
-                node = node.all_input_nodes[0]
-                if node.op == "call_module" and isinstance(
-                    module := net.get_submodule(str(node.target)), nn.Conv2d
-                ):
-                    return module
-    return None

@@ -1,12 +1,12 @@
 """What one channel costs: the MACs that are gone when it is closed, measured by pruning."""
 
-import copy
 import math
 
 import torch
 from torch import nn
 
 from dnal_mini.gating import gates, set_gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.measure.cost import cost
 from dnal_mini.pruning.foldgates import drop_gates
 from dnal_mini.pruning.pruner import cut_net
@@ -20,7 +20,7 @@ def macs_weights(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str,
 
     Differs: not in the paper, where every gate has the same price.
     """
-    opened = copy.deepcopy(net)
+    opened = copied(net)
     set_gates(opened, mode="hard")
     for gate in gates(opened).values():
         nn.init.constant_(gate.s, math.inf)

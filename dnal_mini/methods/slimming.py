@@ -3,13 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_mini.gating import gates, weight_parameters
-from dnal_mini.layers.gated_norm import GatedNorm
+from dnal_mini.gating import gates, site_of, weight_parameters
+from dnal_mini.layers.gated_norm import Gated, GatedLate
 from dnal_mini.methods.contract import Method, Subject, Values
 from dnal_mini.refused import Refused
 from dnal_mini.training.stage import Stage, Work
@@ -68,16 +69,17 @@ class Slimming(Method):
         return {name: value > 0 for name, value in self.values(subject).items()}
 
 
-def gated_norms(net: nn.Module) -> Iterator[tuple[str, nn.BatchNorm2d]]:
+def gated_norms(net: nn.Module) -> Iterator[tuple[str, Any]]:
     """Each gate's name and the BatchNorm in front of it.
 
     Raises: ValueError for a gate that is not in one place with its norm, or a norm without scale.
     """
     for name in gates(net):
-        holder = net.get_submodule(name.rpartition(".")[0])
-        if not isinstance(holder, GatedNorm) or not holder.norm.affine:
+        norm: Any = net.get_submodule(site_of(net, name))
+        beside = isinstance(norm, Gated) and not isinstance(norm, GatedLate)
+        if not (beside and isinstance(norm, _BatchNorm) and norm.affine):
             raise Refused(
                 f"got gate {name} without a norm that has scales; need one: do --order "
                 "conv-bn-ss-relu, and norms that are affine"
             )
-        yield name, holder.norm
+        yield name, norm

@@ -35,7 +35,7 @@ head reads the sum. Channel 1 is closed in the stem and 1, 3 in the branch:
 >>> small = prune(net, image_shape=(3, 7, 9))
 >>> small.module.stem[0].out_channels, small.module.branch[0].out_channels
 (4, 3)
->>> small.module.branch[1][1].source.tolist(), small.module.head.in_channels
+>>> small.module.branch[1].scatter.source.tolist(), small.module.head.in_channels
 ([0, 1, -1, 2], 4)
 >>> prune(net, (3, 7, 9), residual="tie").module.branch[0].out_channels
 4

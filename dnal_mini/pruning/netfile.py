@@ -5,7 +5,6 @@ in the tensors, and asks it what the saved one was asked: see ``probe``. Loading
 the file.
 """
 
-import copy
 import hashlib
 import inspect
 import json
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from dnal_mini.gating import put_behind_activation
-from dnal_mini.graph.capture import evaluating, trace
-from dnal_mini.pruning.foldgates import strip_gates
-from dnal_mini.pruning.oldformats import in_format_3
+from dnal_mini.gating import strip_gates
+from dnal_mini.graph.copies import copied
+from dnal_mini.pruning.oldformats import renewed
 from dnal_mini.pruning.plan import Report
 from dnal_mini.pruning.pruner import FORMAT, Pruned, outputs
 from dnal_mini.pruning.surgery import operate
@@ -83,8 +81,7 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
     """Rebuild a saved network: ``build`` makes the full one, the spec in the file cuts it.
 
     ``build`` is called with the keyword arguments stored in the file as far as it takes them, and
-    gives the net without gates (gates in it are taken out). A net with gates behind its
-    activations was a ``torch.fx.GraphModule``; so is what comes back.
+    gives the net without gates (gates in it are taken out).
 
     Raises: FileNotFoundError; ValueError for a file that is cut short, edited, of a later format,
     made of another architecture than ``build`` gives, or whose outputs come out differently.
@@ -96,8 +93,9 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
     """
     path = Path(path)
     spec, tensors = _contents(path)
-    module = _sites(build(**_arguments(build, spec["config"] or {})), spec)
-    spec = in_format_3(spec, module)
+    module = build(**_arguments(build, spec["config"] or {}))
+    strip_gates(module)
+    module, spec, tensors = renewed(module, spec, tensors)
     asked = spec.pop("probe", None)
     operate(module, spec)
     try:
@@ -148,28 +146,13 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return spec, tensors
 
 
-def _sites(net: nn.Module, spec: dict[str, Any]) -> nn.Module:
-    """The net without gates, with a place for all modules of a spec that only a graph can hold."""
-    strip_gates(net)
-    if spec.get("builder") != "GraphModule" or isinstance(net, fx.GraphModule):
-        return net
-    with evaluating(net):
-        traced = trace(net)
-    for node in list(traced.graph.nodes):
-        if node.op == "call_module" and f"{node.target}_gate" in spec["modules"]:
-            put_behind_activation(traced, node, nn.Identity())
-    traced.recompile()
-    traced.training = net.training
-    return traced
-
-
 def probe(net: nn.Module, image_shape: Sequence[int], seed: int) -> list[dict[str, Any]]:
     """What a net answers to two images drawn from a seed: a note on each output tensor.
 
     Shape, largest size, and ``ANSWERS`` of its numbers. Computed in eval mode on the CPU and in
     float64, whatever the net is in: in float32 machines differ by more than ``TOLERANCE``.
     """
-    exact = copy.deepcopy(net).cpu().double()
+    exact = copied(net).cpu().double()
     draw = torch.Generator().manual_seed(seed)
     images = torch.rand(2, *image_shape, generator=draw).double() * 2 - 1
     with torch.no_grad():

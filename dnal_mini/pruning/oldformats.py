@@ -1,20 +1,50 @@
-"""Specs of older files, as this version writes them."""
+"""Specs and tensors of older files, as this version writes them."""
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, fx, nn
 
+from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.ops import ACTIVATIONS
 from dnal_mini.pruning.surgery import tables_of
 
+Spec = dict[str, Any]
+Tensors = dict[str, Tensor]
 
-def in_format_3(spec: dict[str, Any], net: nn.Module) -> dict[str, Any]:
-    """The spec of a file of format 1, 2 or 3 in format 3; ``net`` is what it is to cut.
 
-    Formats 1 and 2 named a layer, not its tensors: {"out", "in"} with {"columns"} for each of
-    "in", {"of"} for parameters elsewhere; {"zeros", "stride"} where a branch ended.
+def renewed(net: nn.Module, spec: Spec, tensors: Tensors) -> tuple[nn.Module, Spec, Tensors]:
+    """What a file of format 1 to 4 holds, in format 4; ``net`` is what it is to cut.
+
+    Formats 1 to 3 had a layer in an ``nn.Sequential`` with its ChannelMap, {"gather", "scatter"},
+    and made a ``torch.fx.GraphModule`` of a net with gates behind its activations.
     """
+    if spec.get("builder") == "GraphModule" and not isinstance(net, fx.GraphModule):
+        net = _as_graph(net, spec["modules"])
+    if spec["format"] < 3:
+        spec = _in_format_3(spec, net)
     if spec["format"] == 3:
-        return spec
+        modules: dict[str, dict[str, Any]] = {}
+        for name, entry in spec["modules"].items():
+            maps = {role: entry[role] for role in ("gather", "scatter") if role in entry}
+            if rest := {key: value for key, value in entry.items() if key not in maps}:
+                modules[name] = rest
+            for role, source in maps.items():
+                modules[f"{name}.{role}"] = {"source": source, "stride": 1}
+            old = f"{name}.{int('gather' in maps)}." if maps else f"{name}."
+            tensors = {
+                f"{name}.{key.removeprefix(old)}" if key.startswith(old) else key: tensor
+                for key, tensor in tensors.items()
+            }
+        spec = spec | {"format": 4, "modules": modules}
+    return net, spec, tensors
+
+
+def _in_format_3(spec: Spec, net: nn.Module) -> Spec:
+    """The spec of a file of format 1 or 2 in format 3.
+
+    They named a layer, not its tensors: {"out", "in"} with {"columns"} for each of "in", {"of"}
+    for parameters elsewhere; {"zeros", "stride"} where a branch ended.
+    """
     layers = dict(net.named_modules(remove_duplicate=False))
     keep: dict[str, dict[str, Any]] = {}
     modules: dict[str, dict[str, Any]] = {}
@@ -37,3 +67,33 @@ def in_format_3(spec: dict[str, Any], net: nn.Module) -> dict[str, Any]:
     if spec["format"] == 1:
         certificate = {"absolute": certificate}
     return spec | {"format": 3, "keep": keep, "modules": modules, "certificate": certificate}
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return getattr(m, "fx_leaf", False) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _as_graph(net: nn.Module, modules: dict[str, Any]) -> fx.GraphModule:
+    """A net as a graph, with a place NAME_gate behind the activation that alone follows NAME."""
+    with evaluating(net):
+        graph = _Tracer().trace(net)
+    traced = fx.GraphModule(net, graph)
+    traced.training = net.training
+    for norm in list(graph.nodes):
+        name = f"{norm.target}_gate"
+        if norm.op != "call_module" or name not in modules:
+            continue
+        users = list(norm.users)
+        called = users[0].target
+        if users[0].op == "call_module":
+            called = type(net.get_submodule(str(called))).__name__.lower()
+        known = getattr(called, "__name__", called) in ACTIVATIONS
+        site = users[0] if len(users) == 1 and known else norm
+        traced.add_submodule(name, nn.Identity())
+        with graph.inserting_after(site):
+            gate = graph.call_module(name)
+        site.replace_all_uses_with(gate)
+        gate.args = (site,)
+    traced.recompile()
+    return traced

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from dnal_mini.graph.ops import in_place
+from dnal_mini.layers.mapped import ROLES
 from dnal_mini.pruning.analysis import folds, wanted
 from dnal_mini.pruning.facts import (
     CONSTANT,
@@ -76,11 +77,10 @@ def plan(
 
     "keep": by parameter or buffer, axis by axis the indices that stay, in their new order.
     "modules": what no index says, by submodule: {"inputs"} (positions of a grouped convolution's
-    full input), {"bias": true} (gets one), {"gather", "scatter"} (a ChannelMap in front, behind),
-    {"source", "stride"} (a ChannelMap in its place), {"gone"} (nothing in its place),
-    {"num_features"}, {"affine": true}. All names are those of the net without gates, where a
-    module NAME_gate that it lacks stands behind the activation that follows NAME: ``put_in`` is
-    what ``drop_and_tell`` tells.
+    full input), {"bias": true} (gets one), {"source", "stride"} (a ChannelMap in its place),
+    {"gone"} (nothing in its place), {"num_features"}, {"affine": true}. All names are those of
+    the net without gates, where LAYER.gather is a ChannelMap in front of a layer and
+    LAYER.scatter one behind it. ``put_in`` is what ``drop_and_tell`` tells.
     """
     report = Report(notes=list(keeps.notes))
     keep: Tables = {}
@@ -96,6 +96,9 @@ def plan(
         if node in analysis.walls or node not in keeps.outside:
             continue
         tensors, entry, folded = _entry(node, analysis, keeps)
+        for role in ROLES:
+            if role in entry:
+                modules[f"{name}.{role}"] = {"source": entry.pop(role), "stride": 1}
         if folded is not None and bool(folded.shift.any()):
             folded.shift = folded.shift[keeps.outside[node]]
             numbers[name] = folded
@@ -106,7 +109,7 @@ def plan(
         keep |= tensors
         if entry:
             modules[name] = entry
-    _add_put_in(put_in or {}, keep, modules)
+    _add_put_in(put_in or {}, modules)
     rows = (n for n in analysis.facts if analysis.facts[n].kind in WEIGHTS)
     report.layers = [_report_row(node, analysis, keeps) for node in rows]
     report.walls = list(_walls(analysis, keeps))
@@ -114,22 +117,13 @@ def plan(
     return {"keep": keep, "modules": modules}, numbers, report
 
 
-def _add_put_in(put_in: Mapping[str, dict[str, Any]], keep: Tables, modules: Tables) -> None:
-    """Say what dropping gates has put in, and call a norm beside a ChannelMap by its own name."""
-    gone = tuple(f"{name}." for name, entry in modules.items() if "source" in entry)
+def _add_put_in(put_in: Mapping[str, dict[str, Any]], modules: Tables) -> None:
+    """Say what dropping gates has put in, as far as it is still there."""
+    whole = tuple(f"{name}." for name, entry in modules.items() if "source" in entry)
     for name, entry in put_in.items():
-        role = next(iter(entry))
-        if name.startswith(gone) or (name in modules and role != "affine"):
-            continue
-        if role in ("gather", "scatter"):
-            place = int(role == "scatter")  # of the ChannelMap in its nn.Sequential
-            of_map, of_norm = (modules.pop(f"{name}.{k}", {}) for k in (place, 1 - place))
-            prefix = f"{name}.{1 - place}."
-            for tensor in [tensor for tensor in keep if tensor.startswith(prefix)]:
-                keep[f"{name}.{tensor.removeprefix(prefix)}"] = keep.pop(tensor)
-            there = {} if "gone" in of_map else {role: of_map.get("source", entry[role])}
-            modules[name] = of_norm | there
-        else:
+        if "source" in entry and "gone" in modules.get(name, {}):
+            del modules[name]
+        elif not name.startswith(whole):
             modules[name] = entry | modules.get(name, {})
 
 
@@ -189,7 +183,8 @@ def _inputs(
     groups = getattr(module, "groups", 1)
     reads = (wanted(node, analysis) & x.kept[facts.inputs])[given]
     fixed = {*analysis.shared, *analysis.bare}
-    if keeps.residual == "tie" or str(node.target) in fixed or groups > 1:
+    gathers = str(node.all_input_nodes[0].target) == f"{node.target}.gather"
+    if keeps.residual == "tie" or str(node.target) in fixed or groups > 1 or gathers:
         used = given
     elif len(facts.inputs) != len(facts.inputs.unique()) or _axis(node, analysis) != 1:
         used = given  # several columns for a channel: a gather would cost more than it saves

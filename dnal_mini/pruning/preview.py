@@ -4,7 +4,6 @@ Channel 0 of every gate is taken as closed, all at once, and the analysis behind
 asked what would become of it in each layer.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import fx, nn
 
 from dnal_mini.gating import add_gates, gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.pruning import analysis
 from dnal_mini.pruning.facts import REASONS, ZERO, Analysis, Keeps
 from dnal_mini.pruning.foldgates import drop_gates
@@ -72,7 +72,7 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
         0             8  goes
         2             5  stays: no gate, nothing closes it
     """
-    gated = copy.deepcopy(net) if gates(net) else _gated(net)
+    gated = copied(net) if gates(net) else _gated(net)
     every, left = gates(gated).values(), {}
     if any(bool(gate.s.any()) for gate in every):
         found, keeps = _settled(gated, image_shape)

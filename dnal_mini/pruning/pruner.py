@@ -7,7 +7,6 @@ which of the dead ones must stay in ``keepsets.py``.
 """
 
 import contextlib
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from dnal_mini.deployment.fold import deploy
 from dnal_mini.gating import gates, set_gates
 from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.copies import copied
+from dnal_mini.layers.mixed import parts
 from dnal_mini.measure.cost import cost
 from dnal_mini.pruning.analysis import analyse
 from dnal_mini.pruning.foldgates import drop_and_tell
@@ -31,7 +32,7 @@ from dnal_mini.refused import Refused
 Residual = Literal["scatter", "tie"]
 
 
-FORMAT = 3
+FORMAT = 4
 
 
 TOLERANCE = 1e-8  # largest relative difference (float64) between gated and pruned output
@@ -61,7 +62,7 @@ class Pruned:
 
     def deploy(self) -> nn.Module:
         """The network for inference: a copy in eval mode with every BatchNorm folded away."""
-        return deploy(self.module)
+        return deploy(self.module, self.spec["image_shape"])
 
 
 def prune(
@@ -110,7 +111,7 @@ def prune(
     small.to(_dtype(net))
     spec = {
         "format": FORMAT,
-        "builder": type(net).__name__,
+        "builder": parts(type(net))[0].__name__,
         "config": _config(net),
         "image_shape": list(image_shape),
         "residual": residual,
@@ -210,7 +211,7 @@ def _check_gates(net: nn.Module, absorb: bool, max_gap: float) -> None:
 @torch.no_grad()
 def _decided(net: nn.Module, absorb: bool) -> nn.Module:
     """A copy in float64 with every gate at 0 or 1 (``absorb``: at 0 or its own p)."""
-    exact = copy.deepcopy(net).double()
+    exact = copied(net).double()
     for gate, own in zip(gates(exact).values(), gates(net).values(), strict=True):
         is_open = own.is_open  # decided in the network's own precision
         gate.s[~is_open] = -torch.inf
@@ -230,7 +231,7 @@ def largest_difference(
     Returns the absolute difference and the same relative to the largest |output|; all tensors of
     a tuple or dict are compared.
     """
-    full, cut = (copy.deepcopy(n).cpu().double() for n in (net, small))
+    full, cut = (copied(n).cpu().double() for n in (net, small))
     set_gates(full, mode="hard")
     return _difference(full, cut, image_shape, batch, seed)
 

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.ops import CONVS, TRANSPOSED
 from dnal_mini.layers.channelmap import ChannelMap
-from dnal_mini.pruning.foldgates import Places, make_affine
+from dnal_mini.layers.mapped import ROLES, put_map
+from dnal_mini.layers.mixed import parts
+from dnal_mini.pruning.foldgates import make_affine
 from dnal_mini.refused import Refused
 
 UNFIT = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -41,7 +44,7 @@ def tables_of(
     ``out``, ``inputs``: its channels and the positions of its full input that stay, in their new
     order, None for all. ``tensors``: their qualified names by role, where they are not its own.
     """
-    own = chain(layer.named_parameters(), layer.named_buffers())
+    own = chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
     tensors = tensors or {role: f"{name}.{role}" for role, tensor in own if tensor.dim()}
     keep: dict[str, dict[str, Any]] = {}
     entry: dict[str, Any] = {}
@@ -67,13 +70,11 @@ def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
     like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
     try:
         for name, entry in modules.items():
-            _prepare(_core(net.get_submodule(name)), entry, like)
+            _prepare(net, name, entry, like)
         for name, axes in spec["keep"].items():
             _keep(net, name, axes)
-        places = Places(net)
-        for name, entry in modules.items():
-            module = net.get_submodule(name)
-            places.replace(module, _replacement(module, entry, like.device))
+        for name in sorted(modules, key=_is_role):  # a map goes around what is left of a layer
+            _replace(net, name, modules[name], like.device)
     except UNFIT as error:
         raise Refused(
             f"got a spec whose {name!r} does not fit this {type(net).__name__} "
@@ -81,8 +82,15 @@ def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _prepare(layer: Any, entry: Mapping[str, Any], like: Tensor) -> None:
+def _is_role(name: str) -> bool:
+    return name.rpartition(".")[2] in ROLES
+
+
+def _prepare(net: nn.Module, name: str, entry: Mapping[str, Any], like: Tensor) -> None:
     """What cutting tensors along an axis cannot do: new ones, unequal picks of groups; in place."""
+    layer: Any = (
+        net.get_submodule(name) if entry.keys() & {"affine", "num_features", "inputs"} else None
+    )
     if "affine" in entry:
         make_affine(layer, like)
     if "num_features" in entry:
@@ -104,13 +112,12 @@ def _keep(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -> None:
     """Keep the given indices of the given axes of a parameter or buffer, in place."""
     parent, _, last = name.rpartition(".")
     owner: Any = net.get_submodule(parent)
-    owner = owner if hasattr(owner, last) else _core(owner)
     tensor = small = getattr(owner, last)
     for axis, index in axes.items():
         small = small.detach().index_select(int(axis), torch.tensor(index, device=tensor.device))
     is_weight = isinstance(tensor, nn.Parameter)
     setattr(owner, last, nn.Parameter(small, tensor.requires_grad) if is_weight else small)
-    kind = type(owner)  # the sizes that it states follow
+    kind = parts(type(owner))[0]  # the sizes that it states follow
     if isinstance(owner, _NormBase):
         owner.num_features = len(small)
     elif kind is nn.PReLU:
@@ -123,37 +130,34 @@ def _keep(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -> None:
         owner.in_channels, owner.out_channels = small.shape[:2]
 
 
-def _replacement(module: Any, entry: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """What stands in the place of a submodule: itself, a ChannelMap, both, or nothing."""
-    if "source" in entry:
-        return ChannelMap(entry["source"], entry["stride"]).to(device)
-    layer: Any = nn.Identity() if "gone" in entry else _core(module)
+def _replace(net: nn.Module, name: str, entry: Mapping[str, Any], device: torch.device) -> None:
+    """Put a ChannelMap, nothing or a bias where an entry says so, in place."""
+    owner, _, last = name.rpartition(".")
+    parent: Any = net.get_submodule(owner)
     if "bias" in entry:
+        layer: Any = net.get_submodule(name)
         count = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
         layer.bias = nn.Parameter(layer.weight.new_zeros(count))
-    parts: list[nn.Module] = [layer]
-    if "gather" in entry:
-        parts.insert(0, ChannelMap(entry["gather"]).to(device))
-    if "scatter" in entry:
-        parts.append(ChannelMap(entry["scatter"]).to(device))
-    return layer if len(parts) == 1 else nn.Sequential(*parts)
+    if "source" in entry:
+        new: Any = ChannelMap(entry["source"], entry["stride"]).to(device)
+        if last in ROLES and not hasattr(parent, last):
+            put_map(parent, last, new)
+            return
+    elif "gone" in entry:
+        new = nn.Identity()
+    else:
+        return
+    replace_everywhere(net, net.get_submodule(name), new)
 
 
 @torch.no_grad()
 def write_numbers(net: nn.Module, numbers: Mapping[str, Numbers]) -> None:
     """Add folded constants to biases or running means; silence inputs that they stand for."""
     for name, new in numbers.items():
-        layer = _core(net.get_submodule(name))
+        layer: Any = net.get_submodule(name)
         layer.weight[:, new.silent] = 0
-        norm = _core(net.get_submodule(new.norm)) if new.norm else None
+        norm: Any = net.get_submodule(new.norm) if new.norm else None
         if norm is None:
             layer.bias += new.shift.to(layer.bias)
         elif norm.running_mean is not None:
             norm.running_mean -= new.shift.to(norm.running_mean)
-
-
-def _core(module: Any) -> Any:
-    """The layer itself where a ChannelMap stands in front of it or behind."""
-    if not isinstance(module, nn.Sequential):
-        return module
-    return next((part for part in module if not isinstance(part, ChannelMap)), module)

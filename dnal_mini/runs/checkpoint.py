@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dnal_mini.gating import gates
 from dnal_mini.refused import Refused
@@ -160,8 +160,25 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         state, told = content[:-32], content[-32:]
         if state[-len(SUM) :] == SUM and hashlib.sha256(state[: -len(SUM)]).digest() != told:
             raise Refused("got another checksum")
-        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        found = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
     except Exception as error:  # torch raises several kinds for a damaged file
         raise Refused(
             f"got {path}, which cannot be read; remove it to train the stage anew"
         ) from error
+    if "net" in found:
+        found["net"] = _renamed(found["net"])
+    return found
+
+
+def _renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a gated net that an older version named: NAME.norm.weight, NAME_gate.s."""
+    gated = {name.removesuffix(".gate.s") for name in state if name.endswith(".gate.s")}
+    new = {}
+    for name, tensor in state.items():
+        owner, _, last = name.rpartition(".")
+        if owner.endswith(".norm") and owner.removesuffix(".norm") in gated:
+            owner = owner.removesuffix(".norm")
+        elif owner.endswith("_gate") and last in ("s", "delta"):
+            owner = f"{owner.removesuffix('_gate')}.gate"
+        new[f"{owner}.{last}".lstrip(".")] = tensor
+    return new

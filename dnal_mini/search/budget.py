@@ -3,7 +3,6 @@
 Knows values and masks by gate, and no method. Read ``nearest``.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from dnal_mini.config import Metric
 from dnal_mini.gating import gates, set_gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.measure.cost import cost
 from dnal_mini.methods.contract import Values
 from dnal_mini.pruning.foldgates import drop_gates
@@ -31,7 +31,7 @@ def share_of(
     net: nn.Module, image_shape: tuple[int, ...], metric: Metric, residual: Residual
 ) -> Share:
     """A function of masks: what the net cut to them costs, over what it costs whole; in (0, 1]."""
-    opened = copy.deepcopy(net)
+    opened = copied(net)
     impose(opened, {n: torch.ones_like(g.s, dtype=torch.bool) for n, g in gates(net).items()})
     whole = getattr(cost(drop_gates(opened), image_shape), metric)
 

@@ -1,13 +1,13 @@
 """What keeps a network alive: layers that must not close as a whole."""
 
-import copy
 import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from dnal_mini.gating import gates
+from dnal_mini.gating import gates, site_of
+from dnal_mini.graph.copies import copied
 from dnal_mini.methods.contract import Values
 from dnal_mini.pruning.analysis import facts_of, prepare
 from dnal_mini.pruning.foldgates import drop_gates
@@ -19,14 +19,13 @@ def collapse_floors(net: nn.Module, image_shape: tuple[int, ...], floor: float) 
     A gate is vital if the network's output no longer depends on its input once all of its
     channels are closed: every gate of a plain chain, none of a residual branch.
     """
-    opened = copy.deepcopy(net)
+    opened = copied(net)
     for gate in gates(opened).values():
         torch.nn.init.constant_(gate.s, math.inf)
     floors = {}
-    suffix = "_gate" if isinstance(net, torch.fx.GraphModule) else ".gate"
     graph = prepare(drop_gates(opened), image_shape)
     for name, gate in gates(net).items():
-        dead = facts_of(graph, zeroed={name.removesuffix(suffix)}, forward_only=True)
+        dead = facts_of(graph, zeroed={site_of(net, name)}, forward_only=True)
         if dead.output_is_constant():
             floors[name] = max(1, math.ceil(floor * len(gate.s)))
     return floors

@@ -5,12 +5,12 @@ small gap that is left.
 """
 
 import contextlib
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
 
 from dnal_mini.config import Budget
+from dnal_mini.graph.copies import copied
 from dnal_mini.methods.contract import Method, Subject
 from dnal_mini.search.stages import run_stage
 from dnal_mini.training.stage import Stage
@@ -93,7 +93,7 @@ def price_for(
     probes = [(row["price_asked"], row[column]) for row in folder.rows("probe")]
     while not _hits(probes, budget.share) and len(probes) < MAX_PROBES:
         price = next_price(probes, budget.share, stages[-1].price or 1e-4)
-        trial = replace(subject, net=copy.deepcopy(subject.net))
+        trial = replace(subject, net=copied(subject.net))
         for stage in stages:
             own = f"_{stage.name}" if len(stages) > 1 else ""
             probe = replace(stage, name=f"probe_{len(probes) + 1}{own}", price=price)

@@ -189,7 +189,7 @@ def kept_apart() -> dict[str, Net]:
 @pytest.mark.parametrize("reason", kept_apart())
 def test_a_norm_that_cannot_be_folded_is_left(reason):
     net = settled(kept_apart()[reason])
-    folded = deploy(net)
+    folded = deploy(net, SHAPE)
     assert norms(folded) == 1
     x = torch.randn(5, *SHAPE)
     assert torch.equal(folded(x), net(x))
@@ -256,11 +256,44 @@ def test_norms_of_a_densenet_that_stand_before_their_convolution_stay():
     assert norms(folded) == 7
 
 
-def test_gates_and_forwards_that_cannot_be_traced_are_refused():
+def test_gates_and_images_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"got a net with 13 gates; need one without; do prune"):
         deploy(gated("vgg16"))
-    with pytest.raises(ValueError, match=r"got a Net that torch.fx cannot trace"):
-        deploy(Net(lambda net, x: x if x.sum() > 0 else -x))
+    with pytest.raises(ValueError, match=r"got image_shape \(4, 9, 7\), which fails: [^\n]*$"):
+        deploy(Net(plain), (4, 9, 7))
+    with pytest.raises(ValueError, match=r"^got a net that takes no image of a usual size; need"):
+        deploy(Net(lambda net, x: plain(net, x).reshape(len(x), 3, 13, 11)))
+
+
+class Looks(nn.Module):
+    """Forward code that looks at its layers: at their class, in a plain list, at their numbers."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        convs = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 7, 3)
+        self.way = way
+        self.layers = nn.ModuleList([convs[0], nn.BatchNorm2d(5), convs[1], nn.BatchNorm2d(7)])
+        self.again = [(self.layers[0], self.layers[1]), (self.layers[2], self.layers[3])]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in self.again if self.way == "list" else ():
+            x = norm(conv(x)).relu()
+        for layer in self.layers if self.way != "list" else ():
+            x = layer(x)
+            if self.way == "class" and isinstance(layer, nn.BatchNorm2d):
+                x = x.relu()
+            if self.way == "numbers" and layer is self.layers[3]:
+                x = x + layer.bias[:, None, None]
+        return x
+
+
+@pytest.mark.parametrize(("way", "left"), [("class", 0), ("list", 0), ("numbers", 1)])
+def test_a_norm_that_the_forward_looks_at_is_folded_as_far_as_it_can_be(way, left):
+    net = settled(Looks(way))
+    folded, x = deploy(net), torch.randn(5, *SHAPE)
+    torch.testing.assert_close(folded(x), net.eval()(x), rtol=1e-4, atol=1e-4)
+    assert [m.weight is None for m in folded.layers[1::2]] == [True, not left]
+    assert sum(b.numel() for b in folded.buffers()) == left * 15
 
 
 # --- files ------------------------------------------------------------------------------------

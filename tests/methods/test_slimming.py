@@ -55,7 +55,7 @@ def test_a_channel_is_worth_the_size_of_its_scale(model):
     values = Slimming().values(given)
     assert list(values) == list(gates(given.net))
     name = list(values)[3]
-    own = given.net.get_submodule(name.removesuffix(".gate")).norm.weight
+    own = given.net.get_submodule(name.removesuffix(".gate")).weight
     assert torch.equal(values[name], own.detach().abs())
     with torch.no_grad():
         own[2] = 0.0

@@ -89,7 +89,7 @@ def test_the_file_holds_the_papers_in_its_header(tmp_path):
     raw = path.read_bytes()
     (size,) = struct.unpack("<Q", raw[:8])
     spec = json.loads(json.loads(raw[8 : 8 + size])["__metadata__"]["dnal_mini"])
-    assert (spec["format"], spec["builder"]) == (3, "ResNet56")
+    assert (spec["format"], spec["builder"]) == (4, "ResNet56")
     assert spec["config"] == small.module.config
     assert spec["image_shape"] == list(SHAPE)
     assert 0 <= spec["certificate"]["relative"] <= 1e-12  # float64
@@ -379,16 +379,11 @@ def test_the_maps_of_closed_gates_are_said_of_the_norms_themselves(tmp_path):
     gates(net)["4.gate"].s.data.fill_(1.0)
     gates(net)["7.gate"].s.data[:] = torch.tensor([1, -1, 1, 1, -1, 1, -1.0])
     spec = comes_back(tmp_path / "net", net, lambda: chain("lent")).spec
-    assert spec["modules"]["1"] == {"scatter": [0, 2, 3, 5, 6]}
+    assert spec["modules"]["1.scatter"] == {"source": [0, 2, 3, 5, 6], "stride": 1}
     assert spec["keep"]["6.weight"] == {"0": [0, 2, 3, 5]}
     assert not [name for name in spec["keep"] if name.startswith("1.")]
     back = load(tmp_path / "net", lambda: chain("lent")).module
-    assert back[1][0].weight is back[4].weight
-    net = add_gates(settled(chain("sigmoid")), "conv-bn-relu-ss")
-    for gate in gates(net).values():
-        gate.s.data[:] = torch.tensor([1, -1, 1, 1, -1, 1, 1.0])
-    spec = comes_back(tmp_path / "net", net, lambda: chain("sigmoid")).spec
-    assert set(spec["modules"]) == {f"{at}_gate" for at in (1, 4, 7)}
+    assert back[1].weight is back[4].weight
 
 
 class OwnGate(nn.Module):
@@ -486,8 +481,13 @@ def test_a_net_of_numbers_that_are_not_finite_is_saved_and_comes_back(tmp_path):
 
 # --- other formats ---------------------------------------------------------------------------
 
-OLD = {1: ["vgg16", "resnet56", "mobilenetv2"], 2: ["mobilenetv2", "assorted"]}
+OLD = {
+    1: ["vgg16", "resnet56", "mobilenetv2"],
+    2: ["mobilenetv2", "assorted"],
+    3: ["assorted", "behind", "branch", "resnet56"],  # behind: a GraphModule with sigmoids
+}
 BUILDERS = {**MODELS, "assorted": Assorted}
+BUILDERS |= {"behind": lambda: chain("sigmoid"), "branch": lambda: Branch("lent")}
 CASES = [(version, name) for version, names in OLD.items() for name in names]
 
 
@@ -503,9 +503,9 @@ def test_a_file_of_an_older_format_computes_what_it_computed_then(version, name)
     found = back.module.double().eval()(image.reshape(shape)).detach()
     expected = json.loads((FILES / f"format{version}_outputs.json").read_text())[name]
     torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-5, atol=1e-8)
-    assert back.spec["format"] == 3
+    assert back.spec["format"] == 4
     assert back.certificate == back.spec["certificate"]["absolute"] <= 1e-12
-    assert len(str(back.report).splitlines()) > len(back.report.layers) > 8
+    assert len(str(back.report).splitlines()) > len(back.report.layers) >= 4
 
 
 @pytest.mark.parametrize(("version", "name"), CASES)
@@ -518,15 +518,16 @@ def test_a_net_of_an_older_format_is_saved_in_the_present_one(tmp_path, version,
     assert new.spec == json.loads(json.dumps(old.spec))
 
 
-def test_format_2_says_the_same_as_the_present_format_of_the_same_net():
-    old, new = from_older(2, "assorted").spec, assorted().spec
+@pytest.mark.parametrize("version", [2, 3])
+def test_an_older_format_says_the_same_as_the_present_one_of_the_same_net(version):
+    old, new = from_older(version, "assorted").spec, assorted().spec
     assert (old["keep"], old["modules"]) == (new["keep"], new["modules"])
 
 
 def test_a_file_of_a_later_format_says_what_to_do(tmp_path):
     _, path = saved(tmp_path)
-    rewritten(path, lambda spec: spec.update(format=4))
-    refused(path, resnet56, "of format 4; need 1 to 3; install a later dnal-mini")
+    rewritten(path, lambda spec: spec.update(format=5))
+    refused(path, resnet56, "of format 5; need 1 to 4; install a later dnal-mini")
 
 
 # --- damaged and strange files ---------------------------------------------------------------
@@ -589,13 +590,14 @@ def test_an_index_out_of_range_is_refused(tmp_path, change):
     refused(path, resnet56, "does not fit|another net")
 
 
-@pytest.mark.parametrize("key", ["gather", "scatter", "source"])
+@pytest.mark.parametrize("key", ["gather", "scatter", "shortcut"])
 def test_a_map_that_reads_a_channel_that_is_not_there_is_refused(tmp_path, key):
     _, path = saved(tmp_path)
 
     def change(spec: dict) -> None:
-        entry = next(entry for entry in spec["modules"].values() if key in entry)
-        entry[key] = [99, *entry[key][1:]]
+        maps = (entry for name, entry in spec["modules"].items() if name.endswith(key))
+        entry = next(entry for entry in maps if "source" in entry)
+        entry["source"] = [99, *entry["source"][1:]]
 
     rewritten(path, change)
     refused(path, resnet56, "cannot run|does not fit")

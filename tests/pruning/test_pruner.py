@@ -458,7 +458,7 @@ def test_absorb_multiplies_an_open_gate_into_its_norm_exactly():
     net = soft(own(), low=1e-30, high=0.7)
     small = prune(net, SHAPE, absorb=True)
     gate = gates(net)["bn2.gate"]
-    expected = (gate.p * net.bn2.norm.weight)[gate.is_open]
+    expected = (gate.p * net.bn2.weight)[gate.is_open]
     torch.testing.assert_close(core(small.module.bn2).weight, expected, rtol=1e-12, atol=0)
     images = torch.randn(3, *SHAPE).double()
     for train in (False, True):
@@ -635,7 +635,7 @@ BAD: dict[str, tuple] = {
         lambda: spoiled(lambda net: net.conv1.weight.data[0, 0].fill_(torch.nan)), {}, "conv1",
     ),
     "infinite statistics": (
-        lambda: spoiled(lambda net: net.bn2.norm.running_var.fill_(torch.inf)), {}, "bn2",
+        lambda: spoiled(lambda net: net.bn2.running_var.fill_(torch.inf)), {}, "bn2",
     ),
     "NaN gate": (lambda: spoiled(lambda net: net.bn2.gate.s.data[:1].fill_(torch.nan)), {}, "bn2"),
     "wrong channels": (own, {"image_shape": (4, 8, 8)}, "image_shape"),

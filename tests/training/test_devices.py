@@ -50,7 +50,7 @@ def test_two_processes_give_the_losses_weights_and_evaluation_of_one(tmp_path):
     assert two["accuracy"] == one["accuracy"]
     for name, value in one["net"].items():
         torch.testing.assert_close(two["net"][name], value, rtol=1e-8, atol=1e-10, msg=name)
-    assert two["norm"] == "BatchNorm2d"  # its own class again
+    assert two["norm"] == "GatedBatchNorm2d"  # its own class again
 
 
 def test_the_command_starts_its_processes_and_ends_as_one_does(tmp_path):
