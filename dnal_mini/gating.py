@@ -5,7 +5,6 @@ training, pruning or particular networks.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -120,24 +119,27 @@ def _known(images: Tensor | None) -> Tensor:
 
 
 def _compare(net: nn.Module, gated: nn.Module, images: Tensor, sites: Collection[str]) -> None:
-    """Raises: ValueError if copies of both compute different things, or not by the same layers."""
-    pair, calls = (copied(net), copied(gated)), (Counter[str](), Counter[str]())
-    for each, count in zip(pair, calls, strict=True):
-        for name in sites:
-            layer = each.get_submodule(name)
-            layer.register_forward_pre_hook(lambda *_, n=name, count=count: count.update([n]))
-    for train in (False, True):
-        gap, mode = difference(*pair, images, train), "train" if train else "eval"
+    """Raises: ValueError if copies of both compute different things, or by layers of the first."""
+    pair, strayed = (copied(net), copied(gated)), list[str]()
+    hooks = [
+        net.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: strayed.append(n))
+        for name in sites
+    ]
+    gaps = {"eval": difference(*pair, images)}
+    for hook in hooks:
+        hook.remove()
+    if strayed:
+        raise Refused(
+            f"got a {type(net).__name__} whose copy calls {strayed[0]} of the original; need a "
+            "forward that finds its layers by self; do not hold them in a lambda or a global"
+        )
+    gaps["train"] = difference(*pair, images, train=True)
+    for mode, gap in gaps.items():
         if gap > tolerance(images):
             raise Refused(
                 f"got a {type(net).__name__} whose copy with gates, all off, differs by {gap:.1e} "
                 f"in {mode} mode; need a forward that does not look at what a layer is made of"
             )
-    if missed := [name for name in sites if calls[0][name] != calls[1][name]]:
-        raise Refused(
-            f"got a {type(net).__name__} whose copy does not call its own {missed[0]}; need a "
-            "forward that finds its layers by self, not in a lambda or a global"
-        )
 
 
 def strip_gates(net: nn.Module) -> None:

@@ -72,7 +72,7 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
         0             8  goes
         2             5  stays: no gate, nothing closes it
     """
-    gated = copied(net) if gates(net) else _gated(net)
+    gated = copied(net) if gates(net) else _gated(net, image_shape)
     every, left = gates(gated).values(), {}
     if any(bool(gate.s.any()) for gate in every):
         found, keeps = _settled(gated, image_shape)
@@ -90,10 +90,10 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
     return Preview(layers, list(found.walls.values()))
 
 
-def _gated(net: nn.Module) -> nn.Module:
+def _gated(net: nn.Module, image_shape: Sequence[int]) -> nn.Module:
     """The network with gates, if there is anything in it to gate."""
     try:
-        return add_gates(net)
+        return add_gates(net, image_shape=image_shape)
     except ValueError:  # no BatchNorm: all that prune would do is find what is dead already
         return net
 

@@ -73,7 +73,7 @@ def width(net: nn.Module, name: str) -> int:
 def first_closed(net: nn.Module) -> nn.Module:
     """A gated copy in which channel 0 of every gate is closed and all others are open."""
     try:
-        gated = dnal.add_gates(net)
+        gated = dnal.add_gates(net, image_shape=image_shape)
     except Refused:  # a net of one layer
         gated = net
     dnal.set_gates(gated, mode="hard")
@@ -136,7 +136,7 @@ def test_the_reason_why_a_channel_stays_is_the_real_one(name: str):
 def test_the_net_is_left_alone_and_gates_that_were_never_trained_count_as_open():
     net = CASES["chain"]()
     try:
-        gated = dnal.add_gates(net)
+        gated = dnal.add_gates(net, image_shape=image_shape)
     except Refused:  # a net of one layer
         gated = net
     dnal.set_gates(gated, mode="soft", threshold=0.9)
