@@ -4,7 +4,6 @@ Read ``run`` and ``_Run``. Nothing here knows a method by name: it asks for valu
 widths or for an architecture (``methods/contract.py``), and treats the answer in the same way.
 """
 
-import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from dnal_mini.config import SearchConfig
 from dnal_mini.data.imageset import ImageSet
 from dnal_mini.figures.growing import watched
 from dnal_mini.gating import add_gates, gate_report, gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.measure.cost import cost
 from dnal_mini.measure.latency import latency_pair
 from dnal_mini.methods.contract import Designer, Scorer, Subject, Values, Widther
@@ -154,12 +154,12 @@ class _Run:
     def go(self, until: str | None = None) -> Row:
         """The stages one after the other, each from its last checkpoint on."""
         config, folder, around = self.config, self.folder, (self.data, self.config, self.session)
-        net = add_gates(self.dense, config.order)
+        net = add_gates(self.dense, config.order, image_shape=self.data.image_shape)
         if not config.method.trains_from_start:
             folder.log(weight_stage(net, *around))
-            self.nets["weight_stage"] = copy.deepcopy(net)
+            self.nets["weight_stage"] = copied(net)
             if config.baseline != "none":
-                self.nets["baseline"] = copy.deepcopy(net)
+                self.nets["baseline"] = copied(net)
                 folder.log(dense_baseline(self.nets["baseline"], *around))
             if until == "weights":
                 return folder.last
@@ -168,7 +168,7 @@ class _Run:
             return folder.last
         small = self._cut_once(self._decide(subject))
         small.module = placed(small.module, config, self.data)
-        self.nets["pruned"] = copy.deepcopy(small.module)
+        self.nets["pruned"] = copied(small.module)
         if config.tuned_from == "scratch":
             restart(small.module, config.seed)
         folder.log(fine_tune(small.module, *around))
@@ -257,7 +257,7 @@ class _Run:
 
         from_first(self.session.devices, cut)
         if isinstance(self.config.method, Scorer):
-            return load(path, lambda: copy.deepcopy(self.dense))
+            return load(path, lambda: copied(self.dense))
         return saved(path, "" if isinstance(self.config.method, Designer) else self.config.model)
 
     def _test_once(self, small: Pruned) -> Row:

@@ -3,7 +3,6 @@
 Read ``inputs``. What cannot be searched or cut is refused here, before anything is trained.
 """
 
-import copy
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from dnal_mini.data.imageset import ImageSet, Split, carve
 from dnal_mini.data.loaders import LoaderPart, checked, loaded_set, repeatable
 from dnal_mini.data.sources import cifar10, digits, image_folder, toy_images
 from dnal_mini.gating import add_gates
+from dnal_mini.graph.copies import copied
 from dnal_mini.methods.contract import Scorer, Subject, Widther
 from dnal_mini.models import MODELS, cannot_restart
 from dnal_mini.models.builders import build_named, is_builder, takes
@@ -117,7 +117,7 @@ def dense_net(
 
     None for the latter where all is said by the settings: one of ours, drawn by the seed.
     """
-    dense = copy.deepcopy(net).cpu().float() if net is not None else build(config, data)
+    dense = copied(net).cpu().float() if net is not None else build(config, data)
     if config.weights:
         load_weights(dense, Path(config.weights))
     given = net is not None or bool(config.weights)
@@ -243,7 +243,7 @@ def _answer(net: nn.Module, image_shape: tuple[int, ...]) -> Tensor:
     Raises: ValueError for a net that does not take such an image, or gives no such tensor, in
     either mode.
     """
-    net = copy.deepcopy(net).cpu().float()
+    net = copied(net).cpu().float()
     try:
         with repeatable(0), torch.no_grad():
             images = torch.rand(2, *image_shape)
@@ -276,7 +276,7 @@ def _check_fit(net: nn.Module, data: ImageSet) -> None:
 
 def _check_net(net: nn.Module, config: SearchConfig, data: ImageSet) -> None:
     """Raises: ValueError for a network of the user's that the run would fail with later."""
-    gated, method = add_gates(net, config.order), config.method
+    gated, method = add_gates(net, config.order, image_shape=data.image_shape), config.method
     analyse(gated, data.image_shape)
     if config.tuned_from == "scratch" and (name := cannot_restart(net)):
         raise Refused(

@@ -23,7 +23,7 @@ def architecture(widths: dict[str, int], config: SearchConfig, data: ImageSet) -
     """
     factor, wide = 1.0, config
     while True:
-        net = add_gates(build(wide, data), config.order)
+        net = add_gates(build(wide, data), config.order, image_shape=data.image_shape)
         have = {name: len(gate.s) for name, gate in gates(net).items()}
         if widths.keys() != have.keys() or min(widths.values()) < 1:
             odd = next(iter(widths.keys() ^ have.keys()), min(widths, key=lambda n: widths[n]))
@@ -51,7 +51,7 @@ def built(found: Architecture, config: SearchConfig, data: ImageSet) -> tuple[Pr
         torch.manual_seed(config.seed)
         net = placed(found.build(data.num_classes), config, data)
     if found.widths:
-        net = add_gates(net, config.order)
+        net = add_gates(net, config.order, image_shape=data.image_shape)
         wanted = dict(found.widths)
         ranks = {name: torch.arange(len(gate.s)) for name, gate in gates(net).items()}
         impose(net, {name: rank < wanted[name] for name, rank in ranks.items()})

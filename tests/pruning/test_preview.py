@@ -1,6 +1,7 @@
 """What the preview says of a channel is what ``prune`` does with it."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -70,10 +71,10 @@ def width(net: nn.Module, name: str) -> int:
     return int(inside[0].weight.shape[0])
 
 
-def first_closed(net: nn.Module) -> nn.Module:
+def first_closed(net: nn.Module, shape: Sequence[int] = SHAPE) -> nn.Module:
     """A gated copy in which channel 0 of every gate is closed and all others are open."""
     try:
-        gated = dnal.add_gates(net, image_shape=image_shape)
+        gated = dnal.add_gates(net, image_shape=shape)
     except Refused:  # a net of one layer
         gated = net
     dnal.set_gates(gated, mode="hard")
@@ -99,7 +100,7 @@ def test_a_channel_goes_if_and_only_if_prune_takes_it_out(name: str):
 def test_the_same_holds_for_random_nets_by_what_the_surgery_was_told(seed: int):
     net = random_nets.settle(random_nets.build(random_nets.program(seed)), seed)
     told = preview.analyse(net, random_nets.SHAPE)
-    spec = dnal.prune(first_closed(net), random_nets.SHAPE).spec
+    spec = dnal.prune(first_closed(net, random_nets.SHAPE), random_nets.SHAPE).spec
     keep, cut = spec["keep"], spec["modules"]
     for row in told.layers:
         name = row["layer"]
@@ -135,10 +136,7 @@ def test_the_reason_why_a_channel_stays_is_the_real_one(name: str):
 
 def test_the_net_is_left_alone_and_gates_that_were_never_trained_count_as_open():
     net = CASES["chain"]()
-    try:
-        gated = dnal.add_gates(net, image_shape=image_shape)
-    except Refused:  # a net of one layer
-        gated = net
+    gated = dnal.add_gates(net)
     dnal.set_gates(gated, mode="soft", threshold=0.9)
     before = copy.deepcopy(gated.state_dict())
     assert str(preview.analyse(gated, SHAPE)) == str(preview.analyse(net, SHAPE))
