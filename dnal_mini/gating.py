@@ -15,13 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.layer import CONVS
 from dnal_mini.graph.observed import (
     activations_behind,
     convolutions_at_the_end,
     difference,
     tolerance,
 )
-from dnal_mini.graph.ops import CONVS
 from dnal_mini.layers.gated_norm import Gated, GatedFirst, GatedLate, put_gate, take_gate
 from dnal_mini.layers.scaled_sigmoid import Mode, ScaledSigmoid
 from dnal_mini.refused import Refused

@@ -102,16 +102,52 @@ def assert_same_function(
         assert difference <= 1e-10, f"train={mode}: {difference:.1e}"
 
 
-class Judge(fx.Interpreter):
-    """Runs a net on two images and holds every fact against the numbers that come by."""
+def named(analysis: Analysis) -> dict[str, fx.Node]:
+    """The nodes of a net's tensors by the name of their layer or module, "x" for the images."""
+    graph = analysis.graph
+    found = {}
+    for node in analysis.facts:
+        own = graph.layers[node].name if node in graph.layers else graph.sole.get(node, node.name)
+        name = "x" if node.op == "placeholder" else own.replace(".", "_")
+        found[name if name not in found else f"{name}_1"] = node
+    return found
 
-    def __init__(self, analysis: Analysis) -> None:
-        super().__init__(analysis.graph)
-        self.analysis = analysis
+
+class Again(fx.Interpreter):
+    """Runs the operations of a captured net once more, in either mode of its norms."""
+
+    def __init__(self, analysis: Analysis, training: bool = False) -> None:
+        super().__init__(fx.GraphModule(nn.Module(), analysis.graph.graph))
+        self.analysis, self.training = analysis, training
+        self.nodes = dict(zip(self.module.graph.nodes, analysis.graph.nodes, strict=True))
+
+    def on(self, images: Tensor) -> Any:
+        graph = self.analysis.graph
+        known = {n: self.analysis.tensors[name].clone() for n, name in graph.tensors.items()}
+        holders = [n for n in graph.nodes if n.op == "placeholder"]
+        return self.run(*(known.get(n, graph.constants.get(n, images.clone())) for n in holders))
+
+    def run_node(self, n: fx.Node) -> Any:
+        node = self.nodes[n]
+        if "batch_norm" in str(node.target) and node.args[3] is not None:
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            result = node.target(*args[:5], self.training, *args[6:], **kwargs)
+        else:
+            result = super().run_node(n)
+        return self.see(node, result)
+
+    def see(self, node: fx.Node, result: Any) -> Any:
+        return result
+
+
+class Judge(Again):
+    """Holds every fact against the numbers that come by."""
+
+    def __init__(self, analysis: Analysis, training: bool) -> None:
+        super().__init__(analysis, training)
         self.seen = [0, 0, 0, 0]
 
-    def run_node(self, node: fx.Node) -> Any:
-        result = super().run_node(node)
+    def see(self, node: fx.Node, result: Any) -> Any:
         facts, shadow = self.analysis.facts.get(node), self.analysis.values.get(node)
         if facts is None or not isinstance(shadow, Shadow) or not isinstance(result, Tensor):
             return result
@@ -119,10 +155,9 @@ class Judge(fx.Interpreter):
         channel = shadow.channels if shadow.raw is not None else shadow.codes() // 2**32
         state, value, steady = (v[channel] for v in (facts.state, facts.value, facts.steady))
         assert not result[state == ZERO].any(), f"{node} is not zero"
-        training = any(module.training for module in self.module.modules())
-        told = (state == CONSTANT) & (steady if training else True)
+        told = (state == CONSTANT) & (steady if self.training else True)
         torch.testing.assert_close(result[told].double(), value[told], rtol=1e-9, atol=1e-9)
-        if not training and len(result) == 2:
+        if not self.training and len(result) == 2:
             fixed = (state[0] == FIXED).expand_as(result)
             torch.testing.assert_close(result[0][fixed[0]], result[1][fixed[1]])
         for kind in range(4):
@@ -136,8 +171,7 @@ def hold_the_facts(net: nn.Module, shape: Sequence[int]) -> list[int]:
     analysis = analyse(net, shape)
     images = torch.randn(2, *shape, dtype=torch.float64)
     for training in (False, True):
-        analysis.graph.train(training)
         with torch.no_grad():
-            judge = Judge(analysis)
-            judge.run(images.clone())
+            judge = Judge(analysis, training)
+            judge.on(images)
     return judge.seen

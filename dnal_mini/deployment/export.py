@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dnal_mini.deployment.fold import deploy, refuse_gates
 from dnal_mini.graph.copies import copied
+from dnal_mini.graph.outputs import TensorsOnly, tensors_in
 from dnal_mini.refused import Refused
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}  # file against network, relative
@@ -81,6 +83,10 @@ def export(
     eager = copied(net).cpu().eval()
     images = _images(eager, TRACED_BATCH, image_shape)
     _outputs(eager, images)  # a wrong shape is told here, before the exporters tell it at length
+    with torch.no_grad():
+        plain = eager(images)
+    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(plain)):  # files hold tensors
+        eager = TensorsOnly(eager)
     with (
         warnings.catch_warnings(),
         tempfile.TemporaryDirectory(prefix=".export-", dir=path.parent) as folder,
@@ -165,9 +171,10 @@ def _write_onnx(net: nn.Module, images: Tensor, path: Path) -> Callable[[Tensor]
 
 def _program(net: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     """The net as a torch.export program with a free batch size, without traces of this machine."""
-    batch = torch.export.Dim("batch", min=1)
+    batch: Any = {0: torch.export.Dim("batch", min=1)}
+    shapes = ((batch,),) if isinstance(net, TensorsOnly) else (batch,)  # it takes *inputs
     try:
-        program = torch.export.export(net, (images,), dynamic_shapes=({0: batch},))
+        program = torch.export.export(net, (images,), dynamic_shapes=shapes)
     except Exception as error:  # torch.export raises many kinds, half of them not public
         raise Refused(
             f"got a {type(net).__name__} that torch.export cannot follow ({_reason(error)}); "
@@ -212,16 +219,7 @@ def _outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
         raise Refused(
             f"got image_shape {shape} ({_reason(error)}); need one that the net takes; do change it"
         ) from error
-    return list(_tensors(output))
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """The tensors in a tensor, tuple, list or dict."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict | list | tuple):
-        for part in output.values() if isinstance(output, dict) else output:
-            yield from _tensors(part)
+    return tensors_in(output)
 
 
 def _package(name: str) -> Any:

@@ -11,8 +11,8 @@ from dnal_mini.gating import gates
 from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.layer import CONVS, NORMS, TRANSPOSED
 from dnal_mini.graph.observed import norms_behind, same
-from dnal_mini.graph.ops import CONVS, NORMS, TRANSPOSED
 from dnal_mini.layers.hollow import hollow
 from dnal_mini.layers.mixed import parts
 from dnal_mini.refused import Refused

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.ops import CONVS, TRANSPOSED
+from dnal_mini.graph.layer import CONVS, TRANSPOSED
 from dnal_mini.refused import Refused
 
 SIDES = (32, 28, 64, 224, 96, 128, 16, 24, 40, 48, 80, 84, 100, 112, 160, 192, 227, 256, 299)

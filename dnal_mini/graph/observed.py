@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import is_dataclass
 from functools import partial
 from typing import Any
 
@@ -12,13 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.ops import ACTIVATIONS, CONVS
-
-
-def tensors_of(output: Any) -> list[Tensor]:
-    """All tensors that a net returns, also those in a dataclass."""
-    parts = [vars(part) if is_dataclass(part) else part for part in tree_leaves(output)]
-    return [t for t in tree_leaves(parts) if isinstance(t, Tensor)]
+from dnal_mini.graph.layer import CONVS
+from dnal_mini.graph.ops import ACTIVATIONS
+from dnal_mini.graph.outputs import tensors_in
 
 
 def run(net: nn.Module, images: Tensor, train: bool = False) -> list[Tensor]:
@@ -29,7 +24,7 @@ def run(net: nn.Module, images: Tensor, train: bool = False) -> list[Tensor]:
     net.train(train)
     with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         torch.manual_seed(0)
-        return tensors_of(net(images.clone()))
+        return tensors_in(net(images.clone()))
 
 
 @torch.no_grad()
@@ -84,7 +79,7 @@ class _Watched(Tensor):
             elif func(torch.zeros_like(args[0]), *args[1:], **kwargs).any():
                 name = ""  # a sigmoid
             result = func(*args, **kwargs)
-            for x in watched if tensors_of(result) else ():
+            for x in watched if tensors_in(result) else ():
                 x.reads.append(name)
                 if x is result:  # overwritten: what is read of it from now on is the result
                     x.__class__ = Tensor

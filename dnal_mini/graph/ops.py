@@ -1,185 +1,146 @@
-"""The SS layer: one learnable soft switch per channel, and how to put it into any CNN.
+"""The words for operations: what kind of thing each of aten's operations does to channels.
 
-Read ``ScaledSigmoid`` first: its three-line ``forward`` is the whole idea. ``add_gates`` puts it
-into a copy of a network, ``delta_schedule`` makes the switch steeper, ``gate_price`` charges for
-open gates. This file knows nothing about training, pruning or particular networks.
+Read ``kind_of``. An operation that is in no table is a wall: all that touches it is left alone.
 """
 
 import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
-from torch.nn import functional as F
-from torch.nn.utils import parametrize
+from torch import fx
 
-from dnal_mini.layers.channelmap import ChannelMap
+from dnal_mini.layers.channelmap import channel_map
 
 ACTIVATIONS = {
-    "relu", "relu_", "relu6", "leaky_relu", "silu", "gelu", "elu", "hardswish", "hardsigmoid",
-    "hardtanh", "selu", "celu", "mish", "softplus", "sigmoid", "tanh", "prelu",
+    "relu", "relu6", "leaky_relu", "silu", "gelu", "elu", "hardswish", "hardsigmoid", "hardtanh",
+    "selu", "celu", "mish", "softplus", "sigmoid", "tanh", "prelu",
 }  # fmt: skip
 
 
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONV_DIMS = {"conv1d": 1, "conv2d": 2, "conv3d": 3}  # dimensions of an image
 
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-POOLS = (
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
-    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
-    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
-)  # fmt: skip
-
-
-PADS = (
-    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d,
-    nn.ConstantPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
-    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
-    nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
-)  # fmt: skip
-
-
-MOVERS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.ChannelShuffle, nn.PixelShuffle,
-          nn.PixelUnshuffle)  # fmt: skip
-
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+TRANSPOSED_DIMS = {"conv_transpose1d": 1, "conv_transpose2d": 2, "conv_transpose3d": 3}
 
 
 MOVE = {
-    "flatten", "unflatten", "reshape", "view", "transpose", "permute", "cat", "concat",
-    "concatenate", "chunk", "split", "tensor_split", "squeeze", "unsqueeze", "narrow", "select",
-    "stack", "movedim", "moveaxis", "swapaxes", "swapdims", "flip", "roll", "clone", "contiguous",
-    "detach", "expand", "unbind", "getitem", "channel_shuffle", "pixel_shuffle",
-    "pixel_unshuffle", "positive", "identity", "view_as", "reshape_as", "expand_as",
+    "flatten", "unflatten", "reshape", "view", "_unsafe_view", "transpose", "permute", "t",
+    "numpy_T", "cat", "concat", "concatenate", "chunk", "split", "split_with_sizes", "tensor_split",
+    "squeeze", "unsqueeze", "narrow", "select", "slice", "stack", "movedim", "moveaxis", "swapaxes",
+    "swapdims", "flip", "roll", "clone", "contiguous", "detach", "alias", "lift_fresh_copy",
+    "expand", "repeat", "unbind", "getitem", "channel_shuffle", "native_channel_shuffle",
+    "pixel_shuffle", "pixel_unshuffle", "positive", "view_as", "reshape_as", "expand_as",
 }  # fmt: skip
 
 
 POOL = {
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "adaptive_max_pool3d", "interpolate", "upsample",
+    "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "upsample_trilinear3d",
 }  # fmt: skip
 
 
 MEAN = {"mean", "sum", "amax", "amin"}
 
 
-SAME = ACTIVATIONS | {
-    "abs", "neg", "exp", "sqrt", "square", "pow", "clamp", "clip", "clamp_min", "clamp_max",
-    "float", "double", "half", "bfloat16", "to", "type_as", "dropout", "dropout1d", "dropout2d",
-    "dropout3d", "feature_dropout", "stochastic_depth", "logsigmoid", "softsign", "tanhshrink",
-    "softshrink", "hardshrink", "threshold", "rsqrt", "reciprocal", "log", "log1p", "erf", "sin",
-    "cos", "sign", "round", "floor", "ceil",
+DROPOUT = {"dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"}
+
+
+SAME = ACTIVATIONS | DROPOUT | {
+    "abs", "neg", "exp", "sqrt", "square", "pow", "clamp", "clip", "clamp_min", "clamp_max", "to",
+    "_to_copy", "rrelu", "log_sigmoid", "softsign", "hardshrink", "softshrink", "threshold",
+    "rsqrt", "reciprocal", "log", "log1p", "erf", "sin", "cos", "sign", "round", "floor", "ceil",
 }  # fmt: skip
 
 
-JOIN = {
-    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "truediv", "true_divide",
-    "iadd", "isub", "imul", "itruediv", "maximum", "minimum", "rsub",
+JOIN = {"add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "maximum",
+        "minimum", "rsub"}  # fmt: skip
+
+
+SUMS = {"add", "sub", "subtract"}
+
+
+TIMES = {"mul", "multiply"}
+
+
+DIVISIONS = {"div", "divide", "true_divide"}
+
+
+PAD = {"pad", "constant_pad_nd"}
+
+
+WORDS = {
+    name: word
+    for word, names in (
+        ("conv", CONV_DIMS), ("transposed", TRANSPOSED_DIMS), ("linear", ("linear",)),
+        ("norm", ("batch_norm",)), ("move", MOVE), ("pool", POOL), ("mean", MEAN), ("same", SAME),
+        ("join", JOIN), ("pad", PAD),
+    )
+    for name in names
 }  # fmt: skip
 
 
-TIMES = {"mul", "multiply", "imul"}
-
-
-NUMBER = {"size", "dim", "ndimension", "numel", "len", "int", "floordiv", "mod", "eq", "ne", "lt",
-          "le", "gt", "ge", "_assert", "is_floating_point"}  # fmt: skip
-
-
-RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "stochastic_depth"}
-
-
-OWN_PLACES: tuple[Any, ...] = (torch, F, operator, torch.Tensor, torch._C._nn)
+LAYERS = ("conv", "transposed", "linear", "norm")
 
 
 def name_of(node: fx.Node) -> str:
-    """Plain name of a function or method; "" for a function that only looks like torch's own."""
-    if node.op == "call_method":
-        return str(node.target).rstrip("_")
+    """Plain name of an operation of aten, in place or not; "" for what is none of its own."""
     target: Any = node.target
-    name = getattr(target, "__name__", "")
-    if target is len or target is getattr:
-        return name
-    if name == "stochastic_depth" and target.__module__.startswith("torchvision.ops"):
-        return name
-    for place in OWN_PLACES:
-        if getattr(place, name, None) is target:
-            return name.rstrip("_") if name != "_assert" else name
-    return ""
+    if target is operator.getitem:
+        return "getitem"
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.name.startswith("aten::"):
+        return ""
+    name = schema.name.removeprefix("aten::")
+    return name.rstrip("_") if not name.startswith("__") else name
 
 
-def kind_of(node: fx.Node, graph: fx.GraphModule) -> str:
-    """The word for a node that calls something; what its arguments allow is seen later."""
+def kind_of(node: fx.Node) -> str:
+    """The word for what a node does; what its arguments allow is seen later.
+
+    "scale" is a multiplication with a parameter, or PReLU: see ``layer.layer_at``.
+    """
     if node.op in ("placeholder", "output"):
         return node.op
-    if node.op == "get_attr":
-        return "wall"
-    if node.op == "call_module":
-        return _module_kind(graph.get_submodule(str(node.target)))
+    if node.target is channel_map:
+        return "map"
     name = name_of(node)
-    if name == "getattr":
-        return "number" if node.args[1] in ("shape", "ndim", "dtype", "device") else "wall"
-    for kind, names in (
-        ("move", MOVE), ("pool", POOL), ("mean", MEAN), ("same", SAME), ("join", JOIN),
-        ("number", NUMBER), ("pad", {"pad"}),
-    ):  # fmt: skip
-        if name in names:
-            return kind
-    return "wall"
-
-
-def _module_kind(module: nn.Module) -> str:
-    """Exact types only: a subclass may do anything. So may hooks and parametrized weights."""
-    changed = (
-        module._forward_hooks or module._forward_pre_hooks or parametrize.is_parametrized(module)
-    )
-    kind = type(module)
-    if changed:
-        return "wall"
-    if kind in CONVS:
-        return "conv"
-    if kind in TRANSPOSED:
-        return "transposed" if module.groups == 1 else "wall"
-    if kind is nn.PReLU:
+    if name == "prelu":
         return "scale"
-    for word, kinds in (
-        ("linear", (nn.Linear,)), ("norm", NORMS), ("map", (ChannelMap,)), ("move", MOVERS),
-        ("pool", POOLS), ("pad", PADS), ("same", DROPOUTS),
-    ):  # fmt: skip
-        if kind in kinds:
-            return word
-    is_torchs = kind.__module__.startswith("torch.nn.")
-    return "same" if is_torchs and kind.__name__.lower() in SAME else "wall"
+    return WORDS.get(name, "wall")
 
 
-def is_changed(module: nn.Module) -> bool:
-    """True if hooks, parametrized weights or a forward put in its place change what it does."""
-    hooks = bool(module._forward_hooks) or bool(module._forward_pre_hooks)
-    return hooks or "forward" in vars(module) or parametrize.is_parametrized(module)
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operation of aten by name, defaults too."""
+    target: Any = node.target
+    schema = target._schema.arguments
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
 
 
-def in_place(node: fx.Node, graph: fx.GraphModule) -> bool:
+def in_place(node: fx.Node) -> bool:
     """True if the operation overwrites its first input."""
-    if node.op == "call_module":
-        return bool(getattr(graph.get_submodule(str(node.target)), "inplace", False))
-    if node.op not in ("call_function", "call_method"):
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.arguments:
         return False
-    name = str(getattr(node.target, "__name__", node.target))
-    inplace = node.kwargs.get("inplace", False) or (name.endswith("_") and name[:1] != "_")
-    return bool(inplace) or name in ("iadd", "isub", "imul", "itruediv")
+    alias = schema.arguments[0].alias_info
+    return alias is not None and alias.is_write
 
 
-def is_activation(node: fx.Node, root: nn.Module) -> bool:
-    """True if an fx node is an elementwise activation, as a module, a function or a method."""
-    if node.op == "call_module":
-        module = root.get_submodule(str(node.target))
-        return type(module).__name__.lower() in ACTIVATIONS
-    return getattr(node.target, "__name__", node.target) in ACTIVATIONS
+def is_random(node: fx.Node) -> bool:
+    """True if an operation draws random numbers: dropout that is on, noise."""
+    tags = getattr(node.target, "tags", ())
+    if torch.Tag.nondeterministic_seeded not in tags:
+        return False
+    given = arguments(node)
+    if (training := given.get("train", given.get("training"))) is not None:
+        return bool(training) and given.get("p", 1) != 0
+    return True
+
+
+def is_activation(node: fx.Node) -> bool:
+    """True if a node is an elementwise activation."""
+    return node.op == "call_function" and name_of(node) in ACTIVATIONS

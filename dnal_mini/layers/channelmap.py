@@ -23,7 +23,6 @@ class ChannelMap(nn.Module):
 
     source: Tensor  # (out channels,), long
     _behind_zero: Tensor
-    fx_leaf = True
 
     def __init__(self, source: Sequence[int] | Tensor, stride: int = 1) -> None:
         super().__init__()
@@ -45,3 +44,8 @@ class ChannelMap(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{int(self.source.max()) + 1}+ -> {len(self.source)}, stride={self.stride}"
+
+
+def channel_map(x: Tensor, source: Sequence[int], stride: int) -> Tensor:
+    """What a ``ChannelMap`` does, as a function."""
+    return ChannelMap(source, stride).to(x.device)(x)

@@ -23,7 +23,6 @@ class Gated(Mixed):
     the same values and gradients. A convolution without a norm can have its gate so, too.
     """
 
-    fx_leaf = True
     folded = True
     gate: ScaledSigmoid
 

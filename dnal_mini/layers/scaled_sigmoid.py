@@ -31,7 +31,6 @@ class ScaledSigmoid(nn.Module):
     """
 
     delta: Tensor  # steepness, a scalar without gradient
-    fx_leaf = True
 
     def __init__(self, channels: int, threshold: float = 0.5) -> None:
         super().__init__()

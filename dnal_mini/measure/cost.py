@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.outputs import tensors_in
 from dnal_mini.refused import Refused
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
@@ -61,7 +62,7 @@ def cost(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Cost:
     nobody reads, and an operation's own scratch memory.
 
     The net is left as it was: parameters, buffers, running statistics, training flags.
-    Raises: ValueError for an image_shape that is not three positive ints or that the net rejects.
+    Raises: ValueError for an image_shape that is not of positive ints or that the net rejects.
     Example:
         >>> net = dnal.models.resnet56()
         >>> print(dnal.cost(net))
@@ -135,7 +136,7 @@ class _Recorder(TorchDispatchMode):
 
     def peak_bytes(self, outputs: Any) -> int:
         """Largest sum of bytes alive during one operation; ``outputs`` live to the end."""
-        for tensor in _tensors(outputs):
+        for tensor in tensors_in(outputs):
             number = self.numbers.get(StorageWeakRef(tensor.untyped_storage()))
             if number is not None:
                 self.last_read[number] = self.operations
@@ -222,9 +223,9 @@ def layer_row(name: str, layer: nn.Module, output: torch.Size) -> dict[str, int 
 def random_images(net: nn.Module, image_shape: Sequence[int], batch: int = 1) -> Tensor:
     """Random images on the device and in the dtype of the net."""
     shape = tuple(image_shape)
-    if len(shape) != 3 or not all(isinstance(size, int) and size > 0 for size in shape):
+    if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
         raise Refused(
-            f"got image_shape {image_shape!r}; need three positive ints: channels, height, width"
+            f"got image_shape {image_shape!r}; need positive ints, such as channels, height, width"
         )
     if not isinstance(batch, int) or batch < 1:
         raise Refused(f"got batch {batch!r}; need an int of at least 1")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dnal_mini.gating import gates
-from dnal_mini.graph.ops import CONVS
+from dnal_mini.graph.layer import CONVS
 from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.methods.contract import Method, Subject, Values
 from dnal_mini.refused import Refused

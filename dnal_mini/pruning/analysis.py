@@ -1,7 +1,7 @@
 """Which channels of a network are zero, and which are needed: the analysis behind the pruner.
 
 Pruning is dead-code elimination on channels. Two facts are computed for every channel of every
-tensor of the traced network:
+tensor of the captured network:
 
 * forward, from the input: the channel is provably ``ZERO``, ``CONSTANT`` (one value everywhere),
   ``FIXED`` (the same for every image, but not over its pixels: a constant that met a padded
@@ -14,26 +14,16 @@ less greedy. Read ``analyse`` first. What each operation does to the states is i
 which dead channels must stay for the sake of others in ``keepsets.py``, cutting in ``pruner.py``.
 """
 
-import contextlib
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
-from dnal_mini.graph.ops import kind_of
+from dnal_mini.graph.capture import Capture
+from dnal_mini.graph.ops import LAYERS, in_place, kind_of
+from dnal_mini.graph.places import describe, like, shape_of
 from dnal_mini.pruning.facts import CONSTANT, LIVE, ZERO, Analysis, Facts, Unknown
-from dnal_mini.pruning.lift import adopt
-from dnal_mini.pruning.operands import number
-from dnal_mini.pruning.prepare import (
-    attribute,
-    called_again,
-    describe,
-    graphs_of_both_modes,
-    lent,
-    measure_shapes,
-    settle_in_place,
-    shape_of,
-)
+from dnal_mini.pruning.prepare import prepare, read_again, tensors_of
 from dnal_mini.pruning.provenance import REFUSALS, fresh
 from dnal_mini.pruning.transfer import RULES
 from dnal_mini.pruning.weights import affine, blocks_of, keeps_constants
@@ -44,69 +34,70 @@ def analyse(
 ) -> Analysis:
     """Facts for every tensor of a network without gates (``prune.drop_gates`` makes one).
 
-    ``zeroed`` names modules whose output is to be taken as zero: what if this layer died?
+    ``zeroed`` names layers whose output is to be taken as zero: what if this layer died?
     Constants have their eval-mode value; ``Facts.steady`` says where batch statistics agree.
 
-    Raises: ValueError if torch.fx cannot trace the network or the image does not fit it.
+    Raises: ValueError if the forward cannot be followed or the image does not fit it.
     """
-    return facts_of(prepare(net, image_shape), zeroed)
-
-
-def prepare(net: nn.Module, image_shape: Sequence[int]) -> fx.GraphModule:
-    """The traced network with the shape of every tensor stored in it.
-
-    Raises: ValueError if torch.fx cannot trace the network or the image does not fit it.
-    """
-    *fuller, graph = graphs_of_both_modes(net)
-    for each in (*fuller, graph):
-        adopt(each)
-    for other in fuller:
-        with contextlib.suppress(ValueError):  # its train-mode part may want larger images
-            measure_shapes(other, image_shape)
-            return other
-    measure_shapes(graph, image_shape)
-    return graph
+    return facts_of(prepare(net, image_shape), tensors_of(net), zeroed)
 
 
 def facts_of(
-    graph: fx.GraphModule, zeroed: Collection[str] = (), *, forward_only: bool = False
+    graph: Capture,
+    tensors: dict[str, Tensor],
+    zeroed: Collection[str] = (),
+    *,
+    forward_only: bool = False,
 ) -> Analysis:
-    """``analyse`` for a graph that ``prepare`` made; cheap enough to ask many questions.
+    """``analyse`` for a capture that ``prepare`` made; cheap enough to ask many questions.
 
     ``forward_only`` leaves out who needs a channel.
     """
-    bare = graph.meta.get("bare", {})
-    analysis = Analysis(graph, shared=called_again(graph), lent=lent(graph) - set(bare), bare=bare)
-    written = settle_in_place(graph)
-    for node in graph.graph.nodes:
+    shared, lent = read_again(graph)
+    analysis = Analysis(graph, tensors, shared=shared, lent=lent)
+    for node in graph.nodes:
         _forward(node, analysis)
-        if node in analysis.facts and (node in written or str(node.target) in zeroed):
+        layer = graph.layers.get(node)
+        dead = layer is not None and layer.name in zeroed
+        if node in analysis.facts and (node in graph.written or dead):
             facts = analysis.facts[node]
-            facts.state.fill_(LIVE if node in written else ZERO)
+            facts.state.fill_(LIVE if node in graph.written else ZERO)
             facts.value.zero_()
-            facts.needed |= node in written
-    for node in () if forward_only else reversed(graph.graph.nodes):
+            facts.needed |= node in graph.written
+    for node in () if forward_only else reversed(graph.nodes):
         _backward(node, analysis)
     return analysis
 
 
 def _forward(node: fx.Node, analysis: Analysis) -> None:
     """Find how the channels of a node come from those of its inputs, and their states."""
+    graph, shape = analysis.graph, shape_of(node)
     if node.op == "output":
         return
-    if node.op == "get_attr":
-        analysis.values[node] = attribute(analysis.graph, str(node.target))
-        return
     if node.op == "placeholder":
-        shape = shape_of(node)
-        analysis.add(node, "placeholder", fresh(shape[1], shape), _live(shape[1]))
+        if (name := graph.tensors.get(node)) is not None:
+            analysis.values[node] = analysis.tensors[name]
+        elif node in graph.constants:
+            analysis.values[node] = graph.constants[node]
+        elif len(shape) > 1:
+            analysis.add(node, "placeholder", fresh(shape[1], shape), _live(shape[1]))
+        else:
+            analysis.values[node] = Unknown()
         return
-    kind = kind_of(node, analysis.graph)
+    layer = graph.layers.get(node)
+    kind = layer.kind if layer else kind_of(node)
+    if kind in LAYERS and layer is None:
+        kind = "wall"
+    if kind == "scale" and layer is None:
+        kind = "same"
     tensors = [n for n in node.all_input_nodes if n in analysis.facts]
+    if not tensors and _is_learned(node, analysis):
+        analysis.values[node] = like(node, *fx.node.map_arg(node.args, analysis.values.get),
+                                     **node.kwargs)  # fmt: skip
+        return
+    lent = layer is not None and layer.name in analysis.lent
     try:
-        if kind == "number" or (not tensors and _is_arithmetic(node, kind, analysis)):
-            analysis.values[node] = number(node, analysis.graph, analysis.values)
-        elif kind == "wall" or not tensors or str(node.target) in analysis.lent:
+        if kind == "wall" or not tensors or lent or node in graph.stubborn:
             _wall(node, analysis)
         else:
             RULES[kind](node, analysis)
@@ -114,20 +105,21 @@ def _forward(node: fx.Node, analysis: Analysis) -> None:
         _wall(node, analysis)  # the operation is used in a way that the rules do not cover
 
 
+def _is_learned(node: fx.Node, analysis: Analysis) -> bool:
+    """True for a number that is worked out from parameters and nothing else."""
+    values = [analysis.values.get(n) for n in node.all_input_nodes]
+    computed = bool(values) and all(isinstance(value, Tensor) for value in values)
+    return computed and not in_place(node) and isinstance(node.meta.get("val"), Tensor)
+
+
 def _live(count: int) -> Tensor:
     return torch.full((count,), LIVE)
 
 
-def _is_arithmetic(node: fx.Node, kind: str, analysis: Analysis) -> bool:
-    """True for arithmetic on sizes: no input is a tensor or unknown."""
-    values = [analysis.values[n] for n in node.all_input_nodes]
-    known = not any(isinstance(value, Tensor | Unknown) for value in values)
-    return known and kind in ("move", "join", "same") and not shape_of(node)
-
-
 def _wall(node: fx.Node, analysis: Analysis) -> None:
     """Nothing is known: every channel of the result is live, and of its inputs needed."""
-    analysis.walls[node] = describe(node, analysis.graph)
+    why = analysis.graph.stubborn.get(node, "")
+    analysis.walls[node] = describe(node, analysis.graph.tensors) + why
     shape = shape_of(node)
     if len(shape) > 1:
         analysis.add(node, "wall", fresh(shape[1], shape), _live(shape[1]))
@@ -150,7 +142,7 @@ def _backward(node: fx.Node, analysis: Analysis) -> None:
         return
     needed = facts.needed & (facts.state != ZERO)  # what is zero anyway needs no input
     if facts.kind == "norm":
-        needed &= affine(analysis.module(node))[0] != 0
+        needed &= affine(node, analysis, len(needed))[0] != 0
     for source, at in facts.sources:
         analysis.facts[source].needed[at[needed & (at >= 0)]] = True
 
@@ -168,7 +160,7 @@ def wanted(node: fx.Node, analysis: Analysis) -> Tensor:
     facts = analysis.facts[node]
     at = facts.inputs
     assert at is not None
-    weight = blocks_of(analysis.module(node), facts.kind)
+    weight = blocks_of(node, analysis)
     needed = (facts.needed & (facts.state != ZERO)).reshape(weight.shape[0], -1, 1)
     used = ((weight != 0).any(3) & needed).any(1).flatten()
     return used & ~folds(node, analysis) & ~analysis.facts[node.all_input_nodes[0]].silent[at]
@@ -183,12 +175,9 @@ def folds(node: fx.Node, analysis: Analysis) -> Tensor:
     assert facts.inputs is not None
     x = analysis.facts[node.all_input_nodes[0]]
     constant = x.state == CONSTANT
-    module = analysis.module(node)
-    own = (
-        str(node.target) not in {*analysis.shared, *analysis.bare}
-        and getattr(module, "groups", 1) == 1
-    )
-    if not own or not keeps_constants(module, facts.kind):
+    layer = analysis.layer(node)
+    own = analysis.can_wrap(node) and layer.groups == 1
+    if not own or not keeps_constants(layer):
         return torch.zeros(len(facts.inputs), dtype=torch.bool)
     readers = [analysis.facts[u].kind if u in analysis.facts else "" for u in node.users]
     if readers != ["norm"]:

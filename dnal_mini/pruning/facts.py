@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dnal_mini.graph.capture import Capture
+from dnal_mini.graph.layer import Layer
+from dnal_mini.graph.places import describe
 from dnal_mini.pruning.provenance import Shadow
 
 ZERO, CONSTANT, FIXED, LIVE = 0, 1, 2, 3
@@ -27,7 +30,6 @@ class Facts:
     sources: list[tuple[fx.Node, Tensor]]  # channel j is made of channel source[j] of that node
     # (-1: of none); an empty list where all channels are mixed
     inputs: Tensor | None = None  # layers with weights: channel at each position of the input
-    given: Any = ()  # arguments that are not tensors
     blocks: list[Tensor] = field(default_factory=list)  # must keep equally many channels each
 
     @property
@@ -43,24 +45,40 @@ class Facts:
 
 @dataclass
 class Analysis:
-    """The traced network with its facts; made by ``channels.analyse``."""
+    """A captured network with its numbers and what is known of them; see ``analysis.facts_of``."""
 
-    graph: fx.GraphModule
+    graph: Capture
+    tensors: dict[str, Tensor]  # parameters and buffers as they are now
     facts: dict[fx.Node, Facts] = field(default_factory=dict)  # of nodes that return tensors
-    values: dict[fx.Node, Any] = field(default_factory=dict)  # their shadows; sizes; numbers
+    values: dict[fx.Node, Any] = field(default_factory=dict)  # their shadows; learned numbers
     walls: dict[fx.Node, str] = field(default_factory=dict)
-    shared: dict[str, list[fx.Node]] = field(default_factory=dict)  # modules called again
-    bare: dict[str, dict[str, str]] = field(default_factory=dict)  # layers called as functions
-    lent: set[str] = field(default_factory=set)  # modules that share a parameter with others
+    shared: dict[str, list[fx.Node]] = field(default_factory=dict)  # layers that are called again
+    lent: set[str] = field(default_factory=set)  # layers whose tensors others read, too
 
-    def module(self, node: fx.Node) -> Any:
-        """The module that a call_module node calls; of the class that its kind promises."""
-        return self.graph.get_submodule(str(node.target))
+    def layer(self, node: fx.Node) -> Layer:
+        """The layer that a node calls; there is one where facts have ``inputs``."""
+        return self.graph.layers[node]
+
+    def tensor(self, node: fx.Node, role: str) -> Tensor | None:
+        """A parameter or buffer of a node's layer; None if it has none in this role."""
+        name = self.graph.layers[node].roles.get(role)
+        return None if name is None else self.tensors[name].detach()
+
+    def name(self, node: fx.Node) -> str:
+        """What a report calls a node: its layer, or the operation and its place."""
+        layer = self.graph.layers.get(node)
+        return layer.name if layer else describe(node, self.graph.tensors)
+
+    def can_wrap(self, node: fx.Node) -> bool:
+        """True if something can be put in front of a layer or behind it: a module called once."""
+        layer = self.graph.layers.get(node)
+        return layer is not None and bool(layer.module) and layer.name not in self.shared
 
     def output_is_constant(self) -> bool:
         """True if the network's output is the same for every image."""
-        (output,) = (n for n in self.graph.graph.nodes if n.op == "output")
-        return all(bool((self.facts[n].state != LIVE).all()) for n in output.all_input_nodes)
+        (output,) = (n for n in self.graph.nodes if n.op == "output")
+        told = [self.facts.get(n) for n in output.all_input_nodes]
+        return all(facts is not None and bool((facts.state != LIVE).all()) for facts in told)
 
     def add(
         self,
@@ -101,6 +119,7 @@ class Keeps:
     scatters: set[fx.Node] = field(default_factory=set)  # branch ends that may keep a subset
     emptied: dict[fx.Node, int] = field(default_factory=dict)  # dead branch ends: their stride
     blocks: dict[fx.Node, str] = field(default_factory=dict)  # modules that go with such an end
+    numbers: dict[fx.Node, tuple] = field(default_factory=dict)  # arguments that should follow
     idle: set[fx.Node] = field(default_factory=set)  # nodes of dead branches: nobody reads them
     inside: dict[fx.Node, Tensor] = field(default_factory=dict)  # input positions, as they lie
     outside: dict[fx.Node, Tensor] = field(default_factory=dict)  # own channels, as they lie

@@ -1,5 +1,6 @@
 """From a gated network to a plain one that computes the same: every gate goes into a layer."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -7,14 +8,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_mini.gating import gates, site_of
-from dnal_mini.graph.capture import replace_everywhere, trace
+from dnal_mini.graph.cache import captured
+from dnal_mini.graph.capture import Capture, replace_everywhere
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.ops import CONVS, NORMS, is_activation, is_changed
+from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.layer import CONVS, NORMS
+from dnal_mini.graph.ops import is_activation, name_of
+from dnal_mini.graph.places import like
 from dnal_mini.layers.channelmap import ChannelMap
 from dnal_mini.layers.gated_norm import Gated, GatedFirst, GatedLate, take_gate, takes_gain, times
 from dnal_mini.layers.mapped import put_map
 from dnal_mini.layers.mixed import parts
-from dnal_mini.pruning.prepare import lent
 from dnal_mini.refused import Refused
 
 HOMOGENEOUS = ("relu", "leaky_relu", "leakyrelu")  # a factor above 0 passes them
@@ -73,16 +77,21 @@ def _takers(net: nn.Module, absorb: bool) -> dict[str, nn.Module]:
             others[name] = site
         elif site not in borrowed and _can_take(layer, absorb):
             takers[name] = layer
-    if others:
-        graph = trace(net)
-        calls = [n for n in graph.graph.nodes if n.op == "call_module"]
-        nodes = {str(n.target): n for n in calls}
-        common = borrowed | {str(n.target) for n in calls if n is not nodes[str(n.target)]}
-        for name, site in others.items():
-            layer_name = _producer(nodes.get(site), graph, common, homogeneous=absorb)
-            if layer_name:
-                takers[name] = net.get_submodule(layer_name)
+    for name, taker in _producers(net, others, absorb).items() if others else ():
+        if taker not in borrowed:
+            takers[name] = net.get_submodule(taker)
     return takers
+
+
+def lent(net: nn.Module) -> set[str]:
+    """Modules that share a parameter with another module, by all their names."""
+    owners: dict[nn.Parameter, set[nn.Module]] = {}
+    for module in net.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(parameter, set()).add(module)
+    sharing = {m for modules in owners.values() if len(modules) > 1 for m in modules}
+    return {n for n, m in net.named_modules(remove_duplicate=False) if m in sharing}
 
 
 def _can_take(layer: Any, absorb: bool) -> bool:
@@ -94,33 +103,47 @@ def _can_take(layer: Any, absorb: bool) -> bool:
     return takes_gain(layer) or (exact and isinstance(layer, _BatchNorm) and not layer.affine)
 
 
-def _producer(
-    gate: fx.Node | None, graph: fx.GraphModule, common: set[str], homogeneous: bool
-) -> str | None:
-    """Name of the norm or convolution whose output reaches a gate, past activations that keep 0.
+def _producers(net: nn.Module, others: dict[str, str], homogeneous: bool) -> dict[str, str]:
+    """By gate, the layer whose output reaches it alone, past activations that keep 0.
 
-    ``homogeneous``: past those only that keep any positive factor (ReLU and its leaky kin). None
-    if there is no such layer, or if others read it, call it or share its numbers.
+    ``homogeneous``: past those only that keep any positive factor (ReLU and its leaky kin). A
+    gate has none if others read the layer, or it is called again.
     """
-    if gate is None or str(gate.target) in common:
-        return None
-    node = gate.all_input_nodes[0]
-    while is_activation(node, graph) and len(node.users) == 1 and len(node.all_input_nodes) == 1:
-        if node.op == "call_module":
-            activation = graph.get_submodule(str(node.target))
-            name = type(activation).__name__.lower()
-            zero = torch.zeros(1, dtype=next(iter(activation.parameters()), torch.zeros(())).dtype)
-            keeps_zero = name != "prelu" and float(activation(zero).detach()) == 0
+    trial = copied(net)
+    for name, site in others.items():
+        gate: Any = net.get_submodule(name)
+        stand_in = ChannelMap(range(len(gate.s))).to(gate.s.device)
+        layer = trial.get_submodule(site)
+        if isinstance(layer, Gated):
+            take_gate(layer)
+            put_map(layer, "gather", stand_in)
         else:
-            name = str(getattr(node.target, "__name__", node.target)).rstrip("_")
-            keeps_zero = name not in ("sigmoid", "softplus", "hardsigmoid")
-        if not keeps_zero or (homogeneous and name not in HOMOGENEOUS):
+            replace_everywhere(trial, layer, stand_in)
+    images = example_images(trial)
+    if images is None:
+        return {}
+    graph, found = captured(trial, (images,)), {}
+    calls = Counter(layer.name for layer in graph.layers.values())
+    at = {layer.module: node for node, layer in graph.layers.items() if calls[layer.name] == 1}
+    for name, site in others.items():
+        gated = site if site == name else f"{site}.gather"
+        before = _producer(at[gated], graph, homogeneous) if gated in at else None
+        if before is not None and before in at.values():
+            found[name] = graph.layers[before].module
+    return found
+
+
+def _producer(gate: fx.Node, graph: Capture, homogeneous: bool) -> fx.Node | None:
+    """The norm or convolution that a gate reads, past activations that keep zero."""
+    node = gate.all_input_nodes[0]
+    while is_activation(node) and len(node.users) == 1 and len(node.all_input_nodes) == 1:
+        zero = like(node, torch.zeros(1), *node.args[1:], **node.kwargs)
+        if bool(zero.any()) or (homogeneous and name_of(node) not in HOMOGENEOUS):
             return None
         node = node.all_input_nodes[0]
-    if node.op != "call_module" or len(node.users) != 1 or str(node.target) in common:
-        return None
-    layer = graph.get_submodule(str(node.target))
-    return str(node.target) if type(layer) in (*NORMS, *CONVS) and not is_changed(layer) else None
+    layer = graph.layers.get(node)
+    fits = layer is not None and layer.kind in ("norm", "conv") and layer.module
+    return node if fits and len(node.users) == 1 else None
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dnal_mini.graph.ops import SUMS, arguments, name_of
+from dnal_mini.graph.places import describe
+from dnal_mini.pruning.branches import find_dead_branches
 from dnal_mini.pruning.facts import GONE, HELD, NEEDED, TIED, WALL, Analysis, Keeps
-from dnal_mini.pruning.prepare import call_of, describe, modules_around, shape_of
-from dnal_mini.pruning.provenance import Shadow
 from dnal_mini.pruning.replay import Misfit, Walk
 from dnal_mini.pruning.weights import WEIGHTS
 from dnal_mini.refused import Refused
@@ -57,10 +58,10 @@ def _give_way(misfit: Misfit, analysis: Analysis, keeps: Keeps) -> None:
             break  # the second time round all tensors: nothing was left to give at this place
     else:
         raise Refused(
-            f"got {describe(node, analysis.graph)}, which does not fit the widths it was made for "
+            f"got {analysis.name(node)}, which does not fit the widths it was made for "
             f"({misfit}); need a forward that does the same each time"
         )
-    note = f"{describe(node, analysis.graph)} takes no other width: {misfit}"
+    note = f"{describe(node, analysis.graph.tensors)} takes no other width: {misfit}"
     analysis.walls.setdefault(node, note)
 
 
@@ -91,14 +92,14 @@ def _held_whole(analysis: Analysis) -> Iterator[fx.Node]:
         for name, calls in analysis.shared.items()
         if any(n not in analysis.facts or analysis.facts[n].inputs is None for n in calls)
     }  # a layer called again, once in a way that its weights cannot be followed
-    for node in analysis.graph.graph.nodes:
+    for node in analysis.graph.nodes:
         facts = analysis.facts.get(node)
         whole = node.op in ("placeholder", "output") or node in analysis.walls
         if facts is not None and (facts.kind in (*WEIGHTS, "norm", "scale")):
-            whole |= str(node.target) in fixed
+            whole |= analysis.layer(node).name in fixed
         blind = facts is not None and facts.kind in WEIGHTS and facts.inputs is None
         if blind:  # its input is not laid out along an axis: it is read as it is
-            whole |= getattr(analysis.module(node), "groups", 1) > 1
+            whole |= analysis.layer(node).groups > 1
         if whole and facts is not None:
             yield node
         if whole or blind:
@@ -110,7 +111,7 @@ def _branch_ends(analysis: Analysis, keeps: Keeps) -> Iterator[fx.Node]:
     for node, facts in analysis.facts.items():
         if facts.kind != "join" or len(dict(facts.sources)) != 2:
             continue  # not a sum of two different tensors
-        if getattr(node.target, "__name__", str(node.target)).strip("_") not in ADDITIONS:
+        if name_of(node) not in SUMS or arguments(node).get("alpha", 1) != 1:
             continue
         for operand, at in facts.sources:
             end = _end_of(operand, analysis)
@@ -120,17 +121,14 @@ def _branch_ends(analysis: Analysis, keeps: Keeps) -> Iterator[fx.Node]:
                 yield end
 
 
-ADDITIONS = {"add", "iadd", "sub", "isub"}
-
-
 def _end_of(node: fx.Node, analysis: Analysis) -> fx.Node | None:
-    """The last module of a branch, in front of functions that go channel by channel."""
-    while node.op != "call_module":
+    """The last layer of a branch, in front of operations that go channel by channel."""
+    while node not in analysis.graph.layers:
         facts = analysis.facts.get(node)
         if facts is None or facts.kind not in ("same", "pool") or len(node.users) != 1:
             return None
         node = facts.sources[0][0]
-    alone = len(node.users) == 1 and str(node.target) not in {*analysis.shared, *analysis.bare}
+    alone = len(node.users) == 1 and analysis.can_wrap(node)
     return node if alone and node not in analysis.walls else None
 
 
@@ -138,7 +136,7 @@ def _comes_from_conv(node: fx.Node, analysis: Analysis) -> bool:
     """True if a narrower tensor here makes a convolution smaller."""
     while len(node.users) == 1 and node in analysis.facts:
         kind = analysis.facts[node].kind
-        if kind == "conv" and analysis.module(node).groups == 1:
+        if kind == "conv" and analysis.layer(node).groups == 1:
             return True
         if kind not in ("norm", "pool", "same", "scale", "conv") or node in analysis.walls:
             return False
@@ -161,7 +159,7 @@ def _let_in(analysis: Analysis, keeps: Keeps) -> None:
                 _groups(node, analysis, keeps)
                 _round(node, analysis, keeps)
         if before == _count(keeps):
-            _find_dead_branches(analysis, keeps)
+            find_dead_branches(analysis, keeps)
             if not _revive(analysis, keeps):
                 return
 
@@ -204,7 +202,7 @@ def _reads(node: fx.Node, analysis: Analysis) -> tuple[fx.Node, Tensor]:
     """The tensor a layer reads and the channel at each of its positions."""
     at = analysis.facts[node].inputs
     assert at is not None
-    return node.all_input_nodes[0], at
+    return next(n for n in node.all_input_nodes if n in analysis.facts), at
 
 
 def _equal_blocks(blocks: list[Tensor], node: fx.Node, shadow: Any, keeps: Keeps) -> None:
@@ -248,8 +246,7 @@ def _liked(node: fx.Node, analysis: Analysis, keeps: Keeps) -> Tensor | None:
 
 def _groups(node: fx.Node, analysis: Analysis, keeps: Keeps) -> None:
     """Groups of a convolution stay of equal size; a group that is dead on both sides goes."""
-    facts, module = analysis.facts[node], analysis.module(node)
-    groups = getattr(module, "groups", 1)
+    facts, groups = analysis.facts[node], analysis.layer(node).groups
     if groups == 1 or facts.inputs is None:
         return
     x, at = _reads(node, analysis)
@@ -274,67 +271,6 @@ def _round(node: fx.Node, analysis: Analysis, keeps: Keeps) -> None:
     _fill(why, torch.arange(len(why)), min(wanted, len(why)), _liked(node, analysis, keeps))
 
 
-def _find_dead_branches(analysis: Analysis, keeps: Keeps) -> None:
-    """Branches that add nothing and can be left out as a whole."""
-    keeps.emptied, keeps.blocks, keeps.idle = {}, {}, set()
-    for end in (node for node in analysis.facts if node in keeps.scatters):
-        if bool(keeps.mask(end).any()) or not bool(keeps.mask(next(iter(end.users))).any()):
-            continue
-        for name, idle, start in (*_dead_blocks(end, analysis), _dead_chain(end, analysis, keeps)):
-            stride = stride_between(shape_of(start), shape_of(end))
-            if stride is None or not isinstance(analysis.values.get(start), Shadow):
-                continue
-            keeps.emptied[end] = stride
-            keeps.idle |= idle
-            if name:
-                keeps.blocks[end] = name
-            break
-
-
-def _dead_blocks(end: fx.Node, analysis: Analysis) -> Iterator[tuple[str, set[fx.Node], fx.Node]]:
-    """Modules, largest first, that read one tensor and hand out a dead one and nothing else."""
-    for name in modules_around(end):
-        inside = {n for n in analysis.graph.graph.nodes if name in modules_around(n)}
-        read = {n for node in inside for n in node.all_input_nodes} - inside
-        handed = {n for n in inside for user in n.users if user not in inside}
-        calls = sum(call_of(n, name) != call_of(end, name) for n in inside)
-        if len(read) == 1 and handed == {end} and calls == 0:
-            yield name, inside, *read
-
-
-def _dead_chain(
-    end: fx.Node, analysis: Analysis, keeps: Keeps
-) -> tuple[str, set[fx.Node], fx.Node]:
-    """The operations of a dead branch, one after the other, and the tensor that enters it."""
-    chain, node = {end}, end.all_input_nodes[0]
-    while (
-        len(node.users) == 1
-        and len(node.all_input_nodes) == 1
-        and node not in analysis.walls
-        and not bool(keeps.mask(node).any())
-        and _can_idle(node, analysis)
-    ):
-        chain.add(node)
-        node = node.all_input_nodes[0]
-    return "", chain, node
-
-
-def _can_idle(node: fx.Node, analysis: Analysis) -> bool:
-    """True if an operation may be left out, or left alone because it keeps any shape."""
-    fixed = {*analysis.shared, *analysis.bare}
-    alone = node.op == "call_module" and str(node.target) not in fixed
-    return alone or analysis.facts[node].kind == "same"
-
-
-def stride_between(before: tuple[int, ...], after: tuple[int, ...]) -> int | None:
-    """Stride that turns images of one size into those of another; None if there is none."""
-    if len(before) != len(after) or len(before) < 3:
-        return None
-    stride = max(1, round(before[2] / after[2]))
-    fits = all((b + stride - 1) // stride == a for b, a in zip(before[2:], after[2:], strict=True))
-    return stride if fits and (stride == 1 or len(before) == 4) else None
-
-
 def _revive(analysis: Analysis, keeps: Keeps) -> bool:
     """No tensor can be empty: a dead one that is still read keeps a channel. True if one had to."""
     for node in reversed(list(analysis.facts)):
@@ -344,7 +280,7 @@ def _revive(analysis: Analysis, keeps: Keeps) -> bool:
         count = min(keeps.min_channels, total)
         _fill(keeps.why[node], torch.arange(total), count)
         reader = next(iter(node.users), node)
-        what = f"the input of {describe(reader, analysis.graph)}"
+        what = f"the input of {describe(reader, analysis.graph.tensors)}"
         keeps.notes.append(f"all dead: {what} keeps {count} of {total} channels")
         return True
     return False

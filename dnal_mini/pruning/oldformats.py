@@ -1,12 +1,15 @@
 """Specs and tensors of older files, as this version writes them."""
 
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.layer import TRANSPOSED
 from dnal_mini.graph.ops import ACTIVATIONS
-from dnal_mini.pruning.surgery import tables_of
+from dnal_mini.layers.channelmap import ChannelMap
 
 Spec = dict[str, Any]
 Tensors = dict[str, Tensor]
@@ -55,7 +58,7 @@ def _in_format_3(spec: Spec, net: nn.Module) -> Spec:
             inputs = [i * columns + column for i in inputs for column in range(columns)]
         elif spec["format"] == 1 and getattr(layer, "groups", 1) > 1:
             inputs = old.get("out")  # a depthwise layer was cut by its outputs alone
-        tensors, entry = tables_of(name, layer, old.get("out"), inputs, old.get("of"))
+        tensors, entry = _tables_of(name, layer, old.get("out"), inputs, old.get("of"))
         entry |= {key: old[key] for key in ("gather", "scatter", "bias", "gone") if key in old}
         if "zeros" in old:
             entry |= {"source": [-1] * old["zeros"], "stride": old["stride"]}
@@ -71,7 +74,7 @@ def _in_format_3(spec: Spec, net: nn.Module) -> Spec:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return getattr(m, "fx_leaf", False) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, ChannelMap) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _as_graph(net: nn.Module, modules: dict[str, Any]) -> fx.GraphModule:
@@ -97,3 +100,31 @@ def _as_graph(net: nn.Module, modules: dict[str, Any]) -> fx.GraphModule:
         gate.args = (site,)
     traced.recompile()
     return traced
+
+
+def _tables_of(
+    name: str,
+    layer: Any,
+    out: list[int] | None = None,
+    inputs: list[int] | None = None,
+    tensors: Mapping[str, str] | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """What stays of a layer as a spec says it: its part of "keep", its entry in "modules".
+
+    ``out``, ``inputs``: its channels and the positions of its full input that stay, in their new
+    order, None for all. ``tensors``: their qualified names by role, where they are not its own.
+    """
+    own = chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
+    tensors = tensors or {role: f"{name}.{role}" for role, tensor in own if tensor.dim()}
+    keep: dict[str, dict[str, Any]] = {}
+    entry: dict[str, Any] = {}
+    if inputs is not None and getattr(layer, "groups", 1) > 1:
+        entry["inputs"], inputs = inputs, None
+    if out is not None and not tensors:
+        entry["num_features"] = len(out)
+    for role, tensor in tensors.items():
+        turned = role == "weight" and isinstance(layer, TRANSPOSED)
+        axes = {str(int(turned)): out, str(int(not turned)): inputs if role == "weight" else None}
+        if stays := {axis: index for axis, index in axes.items() if index is not None}:
+            keep[tensor] = stays
+    return keep, entry

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from dnal_mini.graph.layer import Layer
 from dnal_mini.graph.ops import in_place
 from dnal_mini.layers.mapped import ROLES
 from dnal_mini.pruning.analysis import folds, wanted
@@ -25,7 +26,7 @@ from dnal_mini.pruning.facts import (
     Analysis,
     Keeps,
 )
-from dnal_mini.pruning.surgery import Numbers, tables_of
+from dnal_mini.pruning.surgery import Numbers
 from dnal_mini.pruning.weights import WEIGHTS, constant_part
 
 FATES = {
@@ -88,10 +89,12 @@ def plan(
     numbers: dict[str, Numbers] = {}
     for end, stride in keeps.emptied.items():
         modules |= _dead_branch(end, stride, analysis, keeps)
-        report.notes.append(f"branch gone: {keeps.blocks.get(end, end.target)} adds nothing")
-    for node in analysis.facts:
-        name = str(node.target)
-        if node.op != "call_module" or node in keeps.idle or name in modules:
+        report.notes.append(
+            f"branch gone: {keeps.blocks.get(end) or analysis.name(end)} adds nothing"
+        )
+    for node, layer in analysis.graph.layers.items():
+        name = layer.module or layer.owner
+        if node in keeps.idle or name in modules:
             continue
         if node in analysis.walls or node not in keeps.outside:
             continue
@@ -104,7 +107,7 @@ def plan(
             numbers[name] = folded
             where = f"the running mean of {folded.norm}" if folded.norm else f"the bias of {name}"
             report.notes.append(f"constants folded: into {where}")
-            if analysis.module(node).bias is None and not folded.norm:
+            if "bias" not in layer.roles and not folded.norm:
                 entry["bias"] = True
         keep |= tensors
         if entry:
@@ -113,7 +116,7 @@ def plan(
     rows = (n for n in analysis.facts if analysis.facts[n].kind in WEIGHTS)
     report.layers = [_report_row(node, analysis, keeps) for node in rows]
     report.walls = list(_walls(analysis, keeps))
-    report.notes += [note for note in (analysis.graph.meta.get("left_out"),) if note]
+    report.notes += analysis.graph.notes
     return {"keep": keep, "modules": modules}, numbers, report
 
 
@@ -136,32 +139,32 @@ def _dead_branch(end: fx.Node, stride: int, analysis: Analysis, keeps: Keeps) ->
     chain = [end]
     while chain[-1].all_input_nodes[0] in keeps.idle:
         chain.append(chain[-1].all_input_nodes[0])
-    removed = [n for n in chain[1:] if n.op == "call_module"]
-    removed = [n for n in removed if str(n.target) not in analysis.shared]
-    entries: Tables = {str(n.target): {"gone": True} for n in removed}
-    if any(n not in removed and in_place(n, analysis.graph) for n in chain[1:]):  # would overwrite
-        entries[str(removed[-1].target)] = {"source": [-1], "stride": 1}  # what enters the branch
-    entries[str(end.target)] = zeros
+    names = {n: analysis.graph.sole.get(n, "") for n in chain}
+    removed = [n for n in chain[1:] if names[n]]
+    entries: Tables = {names[n]: {"gone": True} for n in removed}
+    if any(n not in removed and in_place(n) for n in chain[1:]):  # would overwrite
+        entries[names[removed[-1]]] = {"source": [-1], "stride": 1}  # what enters the branch
+    entries[names[end]] = zeros
     return entries
 
 
 def _entry(
     node: fx.Node, analysis: Analysis, keeps: Keeps
 ) -> tuple[Tables, dict[str, Any], Numbers | None]:
-    """What stays of one submodule's tensors, its entry, and the constants that it folds."""
-    facts, module, name = analysis.facts[node], analysis.module(node), str(node.target)
+    """What stays of one layer's tensors, its module's entry, and the constants that it folds."""
+    facts, layer = analysis.facts[node], analysis.layer(node)
     entry: dict[str, Any] = {}
     out = inputs = folded = None
     lying = keeps.outside[node].tolist()
-    if facts.kind == "map":
+    if layer.kind == "map":
         source = keeps.inside[node].tolist()
-        same = source == module.source.tolist()
-        return {}, {} if same else {"source": source, "stride": module.stride}, None
-    if facts.kind in WEIGHTS or (facts.kind in ("norm", "scale") and facts.inputs is not None):
+        same = source == list(layer.given["source"])
+        return {}, {} if same else {"source": source, "stride": layer.given["stride"]}, None
+    if facts.kind in WEIGHTS or facts.inputs is not None:
         out = lying if lying != list(range(len(facts.state))) else None
         if facts.kind in WEIGHTS and facts.inputs is not None:
             inputs, folded = _inputs(node, entry, analysis, keeps)
-    keep, of_groups = tables_of(name, module, out, inputs, analysis.bare.get(name))
+    keep, of_groups = tables_of(layer, out, inputs)
     if node in keeps.scatters:
         (user,) = node.users
         (at,) = (at for source, at in analysis.facts[user].sources if source is node)
@@ -172,19 +175,43 @@ def _entry(
     return keep, entry | of_groups, folded
 
 
+def tables_of(
+    layer: Layer, out: list[int] | None, inputs: list[int] | None
+) -> tuple[Tables, dict[str, Any]]:
+    """What stays of a layer as a spec says it: its part of "keep", its entry in "modules".
+
+    ``out``, ``inputs``: its channels and the positions of its full input that stay, in their new
+    order, None for all.
+    """
+    keep: Tables = {}
+    entry: dict[str, Any] = {}
+    if inputs is not None and layer.groups > 1:
+        entry["inputs"], inputs = inputs, None
+    if out is not None and not layer.roles:
+        entry["num_features"] = len(out)
+    for role, tensor in layer.roles.items():
+        turned = role == "weight" and layer.kind == "transposed"
+        axes = {
+            str(layer.axis + int(turned)): out,
+            str(layer.axis + int(not turned)): inputs if role == "weight" else None,
+        }
+        if stays := {axis: index for axis, index in axes.items() if index is not None}:
+            keep[tensor] = stays
+    return keep, entry
+
+
 def _inputs(
     node: fx.Node, entry: dict[str, Any], analysis: Analysis, keeps: Keeps
 ) -> tuple[list[int] | None, Numbers | None]:
     """Input positions that a layer keeps, None for all; constants. A gather goes into ``entry``."""
-    facts, module = analysis.facts[node], analysis.module(node)
+    facts, groups = analysis.facts[node], analysis.layer(node).groups
     assert facts.inputs is not None
     x = analysis.facts[node.all_input_nodes[0]]
     given = keeps.inside[node]
-    groups = getattr(module, "groups", 1)
     reads = (wanted(node, analysis) & x.kept[facts.inputs])[given]
-    fixed = {*analysis.shared, *analysis.bare}
-    gathers = str(node.all_input_nodes[0].target) == f"{node.target}.gather"
-    if keeps.residual == "tie" or str(node.target) in fixed or groups > 1 or gathers:
+    before = analysis.graph.layers.get(node.all_input_nodes[0])
+    gathers = before and before.module == f"{analysis.layer(node).module}.gather"
+    if keeps.residual == "tie" or not analysis.can_wrap(node) or groups > 1 or gathers:
         used = given
     elif len(facts.inputs) != len(facts.inputs.unique()) or _axis(node, analysis) != 1:
         used = given  # several columns for a channel: a gather would cost more than it saves
@@ -199,11 +226,12 @@ def _inputs(
     constant = folds(node, analysis)
     silent = constant[used] & ~x.needed[facts.inputs[used]]
     constant[used] = silent
-    shift = constant_part(module, facts.kind, constant, x.value[facts.inputs])
+    shift = constant_part(node, analysis, constant, x.value[facts.inputs])
     norm = ""
-    if len(node.users) == 1 and (reader := next(iter(node.users))) in analysis.facts:
-        own = str(reader.target) not in analysis.shared
-        norm = str(reader.target) if own and analysis.facts[reader].kind == "norm" else ""
+    reader = next(iter(node.users), node)
+    kinds = [analysis.facts[n].kind for n in node.users if n in analysis.facts]
+    if kinds == ["norm"] and len(node.users) == 1 and analysis.name(reader) not in analysis.shared:
+        norm = analysis.layer(reader).module or analysis.layer(reader).owner
     return inputs, Numbers(shift, silent.nonzero()[:, 0].tolist(), norm)
 
 
@@ -234,7 +262,7 @@ def _report_row(node: fx.Node, analysis: Analysis, keeps: Keeps) -> dict[str, An
     pairs = zip(why.tolist(), facts.state.tolist(), strict=True)
     left = 0 if node in keeps.idle else len(keeps.outside.get(node, ()))
     return {
-        "layer": str(node.target),
+        "layer": analysis.name(node),
         "before": len(facts.state),
         "zero": int((facts.state == ZERO).sum()),
         "unneeded": int(((facts.state != ZERO) & ~facts.needed).sum()),

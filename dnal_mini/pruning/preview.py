@@ -14,10 +14,9 @@ from torch import fx, nn
 
 from dnal_mini.gating import add_gates, gates
 from dnal_mini.graph.copies import copied
-from dnal_mini.pruning import analysis
 from dnal_mini.pruning.facts import REASONS, ZERO, Analysis, Keeps
-from dnal_mini.pruning.foldgates import drop_gates
-from dnal_mini.pruning.keepsets import settle
+from dnal_mini.pruning.foldgates import drop_and_tell
+from dnal_mini.pruning.pruner import settled
 from dnal_mini.pruning.weights import WEIGHTS
 
 # Why a closed channel stays: what a row says, what the summary says of one layer and of more.
@@ -76,7 +75,7 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
     every, left = gates(gated).values(), {}
     if any(bool(gate.s.any()) for gate in every):
         found, keeps = _settled(gated, image_shape)
-        left = {str(node.target): int(keeps.mask(node).sum()) for node in found.facts}
+        left = {found.name(n): int(keeps.mask(n).sum()) for n in found.facts}
     for gate in every:
         gate.s[:] = gate.s if left else torch.inf
         gate.s[0] = -torch.inf
@@ -84,7 +83,7 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
     layers = []
     for node, facts in found.facts.items():
         if facts.kind in WEIGHTS:
-            name, why = str(node.target), _why(node, found, keeps)
+            name, why = found.name(node), _why(node, found, keeps)
             row = {"layer": name, "channels": left.get(name, len(facts.state))}
             layers.append(row | {"can_go": not why, "why": why})
     return Preview(layers, list(found.walls.values()))
@@ -99,8 +98,8 @@ def _gated(net: nn.Module, image_shape: Sequence[int]) -> nn.Module:
 
 
 def _settled(gated: nn.Module, image_shape: Sequence[int]) -> tuple[Analysis, Keeps]:
-    found = analysis.analyse(drop_gates(gated), image_shape)
-    return found, settle(found, "scatter")
+    cut = settled(*drop_and_tell(gated), image_shape)
+    return cut.analysis, cut.keeps
 
 
 def _why(node: fx.Node, found: Analysis, keeps: Keeps) -> str:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dnal_mini.graph.capture import BATCH
+
 SPOTS = 2**32  # code = channel * SPOTS + spot
-
-
-BATCH = 2  # images in a shadow: enough to see whether an operation mixes images with channels
 
 
 class Broken(Exception):

@@ -1,19 +1,22 @@
-"""The user's forward code once more, on shadows, with the widths of the pruned network.
+"""The captured operations once more, on shadows, with the widths of the pruned network.
 
 It works out how the channels that stay lie in every tensor (no longer in ascending order behind a
-channel shuffle), and raises ``Misfit`` where one does not arrive where it is expected.
+channel shuffle), and raises ``Misfit`` where one does not arrive where it is expected. The sizes
+in the graph are those of the full network: ``following`` says what they should be if the user's
+code works them out from the width; whether it does is seen when the cut network runs.
 """
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from dnal_mini.graph.ops import arguments, name_of
+from dnal_mini.graph.places import shape_of
 from dnal_mini.pruning.facts import Analysis, Facts, Keeps
-from dnal_mini.pruning.operands import number, others
-from dnal_mini.pruning.prepare import shape_of
-from dnal_mini.pruning.provenance import REFUSALS, SPOTS, Broken, Shadow, held, read
-from dnal_mini.pruning.transfer import mean_of, moved, padding_of, pairs_of, places_of
+from dnal_mini.pruning.provenance import REFUSALS, SPOTS, Broken, Shadow, held, read, rows_of_blocks
+from dnal_mini.pruning.transfer import VIEWS, mean_of, moved, padding_of, pairs_of, places_of
 
 
 class Misfit(Exception):
@@ -37,8 +40,8 @@ class Walk:
 
         Raises: Misfit where the forward code does not fit.
         """
-        self.keeps.inside, self.keeps.outside = {}, {}
-        for node in self.analysis.graph.graph.nodes:
+        self.keeps.inside, self.keeps.outside, self.keeps.numbers = {}, {}, {}
+        for node in self.analysis.graph.nodes:
             if node in self.keeps.idle:
                 self._leave_out(node)
                 continue
@@ -71,11 +74,8 @@ class Walk:
                 self._must_be_whole(n)
             self.values[node] = self.analysis.values.get(node)
         elif facts is None:
-            if node.op != "get_attr":
-                self.values[node] = number(node, self.analysis.graph, self.values)
+            self.values[node] = self.analysis.values.get(node)
         else:
-            if facts.given != () and facts.given != others(node, self.values):
-                raise Broken("a number that depends on the width is part of the result")
             self._lay(node, facts)
             if node in self.keeps.scatters:
                 self._emit(node)
@@ -86,11 +86,9 @@ class Walk:
         if isinstance(full, Tensor):
             return
         for a, b in zip(_parts(full), _parts(narrow), strict=True):
-            if isinstance(a, Shadow):
-                if a.shape != b.shape or not torch.equal(a.codes(), b.codes()):
-                    raise Broken("a wall reads it")
-            elif a is not b and a != b:
-                raise Broken("a wall reads a width")
+            known = isinstance(a, Shadow)
+            if known and (a.shape != b.shape or not torch.equal(a.codes(), b.codes())):
+                raise Broken("a wall reads it")
 
     def _lay(self, node: fx.Node, facts: Facts) -> None:
         """The narrow shadow of a node; for layers also which positions of the weights stay."""
@@ -109,13 +107,15 @@ class Walk:
             case "norm" | "scale":
                 source = self._single(node)
                 positions = self._positions(node, facts)
-                shadow = Shadow(source.shape, positions * SPOTS, 1)
+                shadow = Shadow(source.shape, positions * SPOTS, source.axis)
             case "same":
                 shadow = self._named(self._single(node), facts.sources[0][1], len(facts.state))
             case "pool":
-                shadow = self._single(node).resized(full.shape)
+                shape = full[0].shape if isinstance(full, tuple) else full.shape
+                shadow = self._single(node).resized(shape)
+                shadow = (shadow,) * len(full) if isinstance(full, tuple) else shadow
             case "mean":
-                shadow = mean_of(node, self._single(node), self.values)
+                shadow = mean_of(node, self._single(node))
             case "pad":
                 shadow = self._padded(node, facts)
             case "join":
@@ -137,8 +137,7 @@ class Walk:
         return full.shape
 
     def _single(self, node: fx.Node) -> Shadow:
-        source = next(n for n in node.all_input_nodes if n in self.analysis.facts)
-        shadow = self.values[source]
+        shadow = self.values[_reads(node, self.analysis)]
         assert isinstance(shadow, Shadow)
         return shadow
 
@@ -146,16 +145,16 @@ class Walk:
         """Positions of a layer's full input that are there, in the order in which they lie."""
         source = self._single(node)
         if facts.inputs is None:
-            self._must_be_whole(node.all_input_nodes[0])
+            self._must_be_whole(_reads(node, self.analysis))
             return torch.arange(0)
-        before = self.analysis.values[node.all_input_nodes[0]]
+        before = self.analysis.values[_reads(node, self.analysis)]
         if source.keys is None or source.axis != before.axis:
             raise Broken("channels lie along another axis")
         places = {code: place for place, code in enumerate(before.keys.tolist())}
         found = [places.get(code, -1) for code in source.keys.tolist()]
         if min(found) < 0:
             raise Broken("an input arrives that the layer does not know")
-        groups = getattr(self.analysis.module(node), "groups", 1)
+        groups = self.analysis.layer(node).groups
         if groups > 1:
             width = len(before.keys) // groups
             members = torch.bincount(torch.tensor(found) // width)
@@ -173,7 +172,7 @@ class Walk:
     def _padded(self, node: fx.Node, facts: Facts) -> Shadow:
         source = self._single(node)
         ((_, at),) = facts.sources
-        before, after, _, _ = padding_of(node, self.analysis, source, self.values)
+        before, after, _, _ = padding_of(node, source)
         inner = self._named(source, at, len(at)).channels
         edges = (at < 0).nonzero()[:, 0]
         if before + after != len(edges):
@@ -191,7 +190,9 @@ class Walk:
         return result(named)
 
     def _moved(self, node: fx.Node, facts: Facts) -> Any:
-        result, read_from = moved(node, self.analysis, self.values)
+        given = following(node, self.analysis, self.keeps)
+        self.keeps.numbers[node] = given
+        result, read_from = moved(node, self.analysis, self.values, given)
         total = sum(len(self.analysis.facts[n].state) for n, _ in read_from)
         labels = torch.full((total,), -1)
         for (_, start), (_, at) in zip(read_from, facts.sources, strict=True):
@@ -224,5 +225,78 @@ class Walk:
         self.values[end] = held(channels, self.analysis.values[end].shape)
 
 
+def _reads(node: fx.Node, analysis: Analysis) -> fx.Node:
+    """The tensor that an operation reads beside its parameters."""
+    return next(n for n in node.all_input_nodes if n in analysis.facts)
+
+
 def _parts(value: Any) -> tuple:
     return value if isinstance(value, tuple) else (value,)
+
+
+def following(node: fx.Node, analysis: Analysis, keeps: Keeps) -> tuple:
+    """The arguments of an operation that moves elements, with sizes that follow the widths."""
+    name, full = name_of(node), analysis.values[node]
+    if name in VIEWS or name == "expand":
+        sizes: Any = list(node.args[1])  # type: ignore[arg-type]
+        for axis, size in enumerate(_sizes_left(full, keeps.mask(node))):
+            if sizes[axis] != -1 and size is not None:
+                sizes[axis] = size
+        return (node.args[0], sizes, *node.args[2:])
+    if name not in ("slice", "select", "narrow", "split", "split_with_sizes", "unflatten"):
+        return node.args
+    given = arguments(node)
+    (x,) = node.all_input_nodes
+    before = analysis.values[x]
+    axis = given.get("dim", 0) % len(before.shape)
+    if not isinstance(before, Shadow) or before.keys is None or axis != before.axis:
+        return node.args
+    stays = keeps.mask(x)[before.channels]  # by position along the axis
+    left = [0, *stays.cumsum(0).tolist()]  # how many stay in front of each position
+    count = len(stays)
+
+    def at(place: int | None) -> int | None:
+        if place is None or place >= count:
+            return place
+        return left[place + count if place < 0 else place]
+
+    match name:
+        case "slice" if given["step"] == 1:
+            return (x, axis, at(given["start"]), at(given["end"]))
+        case "select":
+            return (x, axis, at(given["index"]))
+        case "narrow":
+            first, end = given["start"] % count, given["start"] % count + given["length"]
+            return (x, axis, at(first), left[end] - left[first])
+        case "split_with_sizes":
+            ends = torch.tensor([0, *given["split_sizes"]]).cumsum(0).tolist()
+            return (x, [left[b] - left[a] for a, b in itertools.pairwise(ends)], axis)
+        case "split":
+            size = given["split_size"]
+            parts = [left[min(a + size, count)] - left[a] for a in range(0, count, size)]
+            return (x, max(1, *parts), axis)
+        case "unflatten":
+            sizes = _sizes_left(full, keeps.mask(node))[axis : axis + len(given["sizes"])]
+            pairs = zip(given["sizes"], sizes, strict=True)
+            return (x, axis, [a if b is None or a == -1 else b for a, b in pairs])
+    return node.args
+
+
+def _sizes_left(full: Shadow, mask: Tensor) -> list[int | None]:
+    """The size of each axis that carries channels when those outside ``mask`` are gone."""
+    sizes: list[int | None] = [None] * len(full.shape)
+    if full.keys is not None:
+        sizes[full.axis] = int(mask[full.channels].sum())
+        return sizes
+    image = full.raw[0] // SPOTS if full.raw is not None else torch.zeros(())
+    varying = [d for d in range(image.dim()) if bool((image != image.narrow(d, 0, 1)).any())]
+    blocks = rows_of_blocks(full)
+    if len(varying) != 2 or not blocks:
+        return sizes
+    alive = [int(mask[block].sum()) for block in blocks]
+    across = varying[0] if len(blocks) == image.shape[varying[0]] else varying[-1]
+    along = varying[-1] if across == varying[0] else varying[0]
+    sizes[across + 1] = sum(count > 0 for count in alive)
+    spots = image.shape[along] // max(len(block) for block in blocks)
+    sizes[along + 1] = max(alive) * spots
+    return sizes

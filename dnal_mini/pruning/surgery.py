@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dnal_mini.graph.capture import replace_everywhere
-from dnal_mini.graph.ops import CONVS, TRANSPOSED
+from dnal_mini.graph.layer import CONVS, TRANSPOSED
 from dnal_mini.layers.channelmap import ChannelMap
 from dnal_mini.layers.mapped import ROLES, put_map
-from dnal_mini.layers.mixed import parts
 from dnal_mini.pruning.foldgates import make_affine
 from dnal_mini.refused import Refused
 
@@ -30,34 +29,6 @@ class Numbers:
     shift: Tensor  # (outputs of the small layer,), float64
     silent: list[int]  # places of the small layer's inputs that the shift stands for
     norm: str = ""  # name of the BatchNorm that takes the shift
-
-
-def tables_of(
-    name: str,
-    layer: Any,
-    out: list[int] | None = None,
-    inputs: list[int] | None = None,
-    tensors: Mapping[str, str] | None = None,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """What stays of a layer as a spec says it: its part of "keep", its entry in "modules".
-
-    ``out``, ``inputs``: its channels and the positions of its full input that stay, in their new
-    order, None for all. ``tensors``: their qualified names by role, where they are not its own.
-    """
-    own = chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
-    tensors = tensors or {role: f"{name}.{role}" for role, tensor in own if tensor.dim()}
-    keep: dict[str, dict[str, Any]] = {}
-    entry: dict[str, Any] = {}
-    if inputs is not None and getattr(layer, "groups", 1) > 1:
-        entry["inputs"], inputs = inputs, None
-    if out is not None and not tensors:
-        entry["num_features"] = len(out)
-    for role, tensor in tensors.items():
-        turned = role == "weight" and isinstance(layer, TRANSPOSED)
-        axes = {str(int(turned)): out, str(int(not turned)): inputs if role == "weight" else None}
-        if stays := {axis: index for axis, index in axes.items() if index is not None}:
-            keep[tensor] = stays
-    return keep, entry
 
 
 def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
@@ -117,16 +88,15 @@ def _keep(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -> None:
         small = small.detach().index_select(int(axis), torch.tensor(index, device=tensor.device))
     is_weight = isinstance(tensor, nn.Parameter)
     setattr(owner, last, nn.Parameter(small, tensor.requires_grad) if is_weight else small)
-    kind = parts(type(owner))[0]  # the sizes that it states follow
     if isinstance(owner, _NormBase):
         owner.num_features = len(small)
-    elif kind is nn.PReLU:
+    elif isinstance(owner, nn.PReLU):
         owner.num_parameters = len(small)
-    elif last == "weight" and kind is nn.Linear:
+    elif last == "weight" and isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = small.shape
-    elif last == "weight" and kind in CONVS:
+    elif last == "weight" and isinstance(owner, CONVS):
         owner.out_channels, owner.in_channels = len(small), small.shape[1] * owner.groups
-    elif last == "weight" and kind in TRANSPOSED:
+    elif last == "weight" and isinstance(owner, TRANSPOSED):
         owner.in_channels, owner.out_channels = small.shape[:2]
 
 

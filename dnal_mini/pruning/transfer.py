@@ -13,50 +13,34 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from dnal_mini.graph.ops import RANDOM, TIMES, name_of
+from dnal_mini.graph.ops import DIVISIONS, DROPOUT, TIMES, arguments, name_of
+from dnal_mini.graph.places import like, shape_of
 from dnal_mini.pruning.facts import CONSTANT, FIXED, LIVE, ZERO, Analysis, Unknown, known, pick
-from dnal_mini.pruning.operands import name_at, on_values, others, single, sizes
-from dnal_mini.pruning.prepare import call, shape_of
+from dnal_mini.pruning.operands import on_values, single
 from dnal_mini.pruning.provenance import SPOTS, Broken, Shadow, fresh, read, rows_of_blocks
-from dnal_mini.pruning.weights import map_rule, norm_rule, usable, weights_rule
-
-DIVISIONS = {"div", "divide", "truediv", "true_divide", "itruediv"}
-
-
-def _scale_rule(node: fx.Node, analysis: Analysis) -> None:
-    """PReLU with a slope for each channel."""
-    (x, shadow), module = single(node, analysis), analysis.module(node)
-    if module.num_parameters == 1:
-        return _same_rule(node, analysis)
-    if not usable(shadow, module, "scale"):
-        raise Broken("channels are not along axis 1")
-    at = shadow.channels
-    state, value, steady = pick(analysis.facts[x], at)
-    slope = module.weight.detach().double().cpu()
-    state, value = known(state, torch.where(value > 0, value, slope * value))
-    out = Shadow(shadow.shape, torch.arange(len(at)) * SPOTS, 1)
-    analysis.add(node, "scale", out, state, value, steady, [(x, at)], inputs=at)
+from dnal_mini.pruning.weights import map_rule, norm_rule, scale_rule, weights_rule
 
 
 def _same_rule(node: fx.Node, analysis: Analysis) -> None:
     """Elementwise on one tensor: a known value goes through the very operation."""
     x, shadow = single(node, analysis)
-    facts = analysis.facts[x]
+    facts, name = analysis.facts[x], name_of(node)
     state, value, steady = facts.state.clone(), facts.value, facts.steady.clone()
     learned = [v for n in node.all_input_nodes if isinstance(v := analysis.values[n], Tensor)]
     if any(isinstance(analysis.values[n], Unknown) for n in node.all_input_nodes):
         raise Broken("an unknown number")
     if any(numbers.numel() != 1 for numbers in learned):
         raise Broken("numbers per channel that are not a layer's")
-    if learned:  # only 0 times a learned number is sure to stay what it is
-        stays = (state >= FIXED) | ((state == ZERO) & (name_at(node, analysis) in TIMES))
-        state[~stays] = FIXED
-    elif name_at(node, analysis) in RANDOM:
+    if learned and name != "prelu":  # only 0 times a learned number is sure to stay what it is
+        state[~((state >= FIXED) | ((state == ZERO) & (name in TIMES)))] = FIXED
+    elif name in DROPOUT:
         steady &= state != CONSTANT
     else:
         state, value = known(state, on_values(node, analysis, {x: value}))
     if not bool(value.isfinite().all()):
         raise Broken("not finite at a constant")
+    if len(shape_of(node)) != len(shadow.shape):
+        raise Broken("numbers with more axes")
     _channelwise(node, analysis, "same", shadow, state, value, steady)
 
 
@@ -71,53 +55,52 @@ def _channelwise(
 ) -> None:
     """Store facts of an operation whose channel j is made of channel j."""
     x = next(n for n in node.all_input_nodes if n in analysis.facts)
-    sources = [(x, torch.arange(len(state)))]
-    given = others(node, analysis.values)
-    analysis.add(node, kind, shadow, state, value, steady, sources, given=given)
+    analysis.add(node, kind, shadow, state, value, steady, [(x, torch.arange(len(state)))])
 
 
 def _pool_rule(node: fx.Node, analysis: Analysis) -> None:
     """Pooling and interpolation: a constant stays one unless a padded mean meets the border."""
-    (x, shadow), name, shape = single(node, analysis), name_at(node, analysis), shape_of(node)
+    (x, shadow), name = single(node, analysis), name_of(node)
+    values = node.meta["val"]
+    several = isinstance(values, tuple | list)  # a maximum, and where it stood
+    shape = tuple(values[0].shape) if several else shape_of(node)
     dims = int(name[-2]) + 2 if name[-1] == "d" and name[-2].isdigit() else len(shadow.shape)
     if shadow.keys is None or shadow.axis != 1 or not 3 <= dims == len(shadow.shape) == len(shape):
         raise Broken("channels are not along axis 1")
     facts = analysis.facts[x]
     state = facts.state.clone()
-    if name.startswith(("avgpool", "avg_pool")):
-        at_call = node.args[3] if len(node.args) > 3 else node.kwargs.get("padding", 0)
-        padding = analysis.module(node).padding if node.op == "call_module" else at_call
-        if padding not in (0, (0,), (0, 0), (0, 0, 0), [0], [0, 0], [0, 0, 0]):
-            state[state == CONSTANT] = FIXED
+    if name.startswith("avg_pool") and any(arguments(node)["padding"]):
+        state[state == CONSTANT] = FIXED
+    if several and any(user.args[1:] != (0,) for user in node.users):
+        state.fill_(LIVE)  # where a maximum stood is another number
     value = facts.value.masked_fill(state >= FIXED, 0)
-    _channelwise(node, analysis, "pool", shadow.resized(shape), state, value, facts.steady)
+    out: Any = shadow.resized(shape)
+    out = (out,) * len(values) if several else out
+    _channelwise(node, analysis, "pool", out, state, value, facts.steady)
 
 
-def mean_of(node: fx.Node, shadow: Shadow, values: dict[fx.Node, Any]) -> Shadow:
+def mean_of(node: fx.Node, shadow: Shadow) -> Shadow:
     """The shadow that a mean over pixels leaves.
 
     Raises: Broken if it runs over images or channels.
     """
-    if shadow.keys is None:
-        raise Broken("channels are not along one axis")
-    probe = torch.empty(shadow.shape, device="meta")
-    args: Any
-    args, kwargs = sizes((node.args[1:], dict(node.kwargs)), values)
-    result = getattr(torch, name_of(node))(probe, *args, **kwargs)
-    dims = kwargs.get("dim", args[0] if args else None)
-    if dims is None or not isinstance(result, Tensor):
+    given, count = arguments(node), len(shadow.shape)
+    dims = given.get("dim")
+    if shadow.keys is None or not dims:
         raise Broken("a mean over images or channels")
-    count = len(shadow.shape)
     dims = {d % count for d in ([dims] if isinstance(dims, int) else dims)}
     if dims & {0, shadow.axis}:
         raise Broken("a mean over images or channels")
-    gone = 0 if result.dim() == count else sum(d < shadow.axis for d in dims)
-    return Shadow(tuple(result.shape), shadow.keys, shadow.axis - gone)
+    if given["keepdim"]:
+        shape = tuple(1 if d in dims else size for d, size in enumerate(shadow.shape))
+        return Shadow(shape, shadow.keys, shadow.axis)
+    shape = tuple(size for d, size in enumerate(shadow.shape) if d not in dims)
+    return Shadow(shape, shadow.keys, shadow.axis - sum(d < shadow.axis for d in dims))
 
 
 def _mean_rule(node: fx.Node, analysis: Analysis) -> None:
     x, shadow = single(node, analysis)
-    out = mean_of(node, shadow, analysis.values)
+    out = mean_of(node, shadow)
     facts = analysis.facts[x]
     state = facts.state.clone()
     if name_of(node) == "sum":
@@ -126,25 +109,13 @@ def _mean_rule(node: fx.Node, analysis: Analysis) -> None:
     _channelwise(node, analysis, "mean", out, state, value, facts.steady)
 
 
-def padding_of(
-    node: fx.Node, analysis: Analysis, shadow: Shadow, values: dict[fx.Node, Any]
-) -> tuple[int, int, str, float]:
+def padding_of(node: fx.Node, shadow: Shadow) -> tuple[int, int, str, float]:
     """Channels added in front and behind, what pixels are padded with ("" for none), its value.
 
     Raises: Broken if images are added, or channels cut off or mirrored.
     """
-    if node.op == "call_module":
-        module = analysis.module(node)
-        name, pads = type(module).__name__, list(module.padding)
-        mode = "constant" if name.startswith(("Zero", "Constant")) else name
-        fill = getattr(module, "value", 0)
-    else:
-        given: dict[str, Any] = {
-            **dict(zip(("x", "pad", "mode", "value"), node.args, strict=False)),
-            **node.kwargs,
-        }
-        pads = list(sizes(given["pad"], values))
-        mode, fill = given.get("mode", "constant"), given.get("value")
+    given = arguments(node)
+    pads, mode, fill = list(given["pad"]), given.get("mode", "constant"), given["value"]
     pairs = list(zip(pads[::2], pads[1::2], strict=True))
     own = len(shadow.shape) - 1 - shadow.axis
     before, after = pairs[own] if len(pairs) > own else (0, 0)
@@ -160,7 +131,7 @@ def _pad_rule(node: fx.Node, analysis: Analysis) -> None:
     x, shadow = single(node, analysis)
     if not shadow.plain:
         raise Broken("channels are not along one axis")
-    before, after, mode, fill = padding_of(node, analysis, shadow, analysis.values)
+    before, after, mode, fill = padding_of(node, shadow)
     at = torch.cat([torch.full((before,), -1), shadow.channels, torch.full((after,), -1)])
     state, value, steady = pick(analysis.facts[x], at)
     state, value = known(state, torch.where(at < 0, fill, value))
@@ -168,8 +139,7 @@ def _pad_rule(node: fx.Node, analysis: Analysis) -> None:
         meets = (at >= 0) & (state < FIXED) & (value != fill)
         state[meets], value[meets] = FIXED, 0
     out = fresh(len(at), shape_of(node), shadow.axis)
-    given = others(node, analysis.values)
-    analysis.add(node, "pad", out, state, value, steady, [(x, at)], given=given)
+    analysis.add(node, "pad", out, state, value, steady, [(x, at)])
 
 
 def pairs_of(x: Shadow, y: Shadow, width: int) -> tuple[Tensor, Callable[[Tensor], Shadow]]:
@@ -198,7 +168,7 @@ def _join_rule(node: fx.Node, analysis: Analysis) -> None:
     tensors = [n for n in node.all_input_nodes if n in analysis.facts]
     if len(operands) == 1 == len(tensors):
         return _same_rule(node, analysis)
-    if len(operands) != 2 or len(node.args) != 2 or len(tensors) != len(node.all_input_nodes):
+    if len(operands) != 2 or len(tensors) != len(node.all_input_nodes):
         raise Broken("not two tensors")
     x, y = operands
     a, b = analysis.values[x], analysis.values[y]
@@ -219,9 +189,8 @@ def _join_rule(node: fx.Node, analysis: Analysis) -> None:
     if name in TIMES:
         zero = (sx == ZERO) | (sy == ZERO)
         state[zero], value[zero], steady[zero] = ZERO, 0, True
-    given = others(node, analysis.values)
     shadow = result(places_of(pairs, met))
-    analysis.add(node, "join", shadow, state, value, steady, sources, given=given)
+    analysis.add(node, "join", shadow, state, value, steady, sources)
 
 
 def in_order(found: Tensor) -> Tensor:
@@ -239,10 +208,13 @@ def places_of(wanted: Tensor, among: Tensor) -> Tensor:
     return torch.where(ascending.values[at] == wanted, ascending.indices[at], -1)
 
 
-def moved(node: fx.Node, analysis: Analysis, values: dict[fx.Node, Any]) -> tuple[Any, list]:
+def moved(
+    node: fx.Node, analysis: Analysis, values: dict[fx.Node, Any], given: tuple | None = None
+) -> tuple[Any, list[tuple[fx.Node, int]]]:
     """Run an operation that moves elements on codes instead of numbers.
 
-    Returns what it returned, and ``(input node, first code's channel)`` for every tensor read.
+    ``given``: its arguments, where they are not the node's own. Returns what it returned, and
+    ``(input node, first code's channel)`` for every tensor read.
     """
     read_from: list[tuple[fx.Node, int]] = []
     total = 0
@@ -252,16 +224,20 @@ def moved(node: fx.Node, analysis: Analysis, values: dict[fx.Node, Any]) -> tupl
         value = values[n]
         if isinstance(value, Tensor | Unknown):
             raise Broken("numbers that are not a layer's")
-        if n not in analysis.facts:
-            return value
         start, total = total, total + len(analysis.facts[n].state)
         read_from.append((n, start))
         parts = value if isinstance(value, tuple) else (value,)
         coded = tuple(part.codes() + start * SPOTS for part in parts)
         return coded if isinstance(value, tuple) else coded[0]
 
-    args, kwargs = map_arg(node.args, codes), map_arg(node.kwargs, codes)
-    return call(node, analysis.graph, args, kwargs), read_from
+    args: Any = map_arg(node.args if given is None else given, codes)
+    kwargs: Any = map_arg(node.kwargs, codes)
+    if name_of(node) in VIEWS:  # the codes need not lie in memory as the numbers did
+        return args[0].reshape(args[1]), read_from
+    return like(node, *args, **kwargs), read_from
+
+
+VIEWS = {"view", "reshape", "_unsafe_view"}
 
 
 def _move_rule(node: fx.Node, analysis: Analysis) -> None:
@@ -308,7 +284,7 @@ RULES: dict[str, Callable[[fx.Node, Analysis], None]] = {
     "transposed": weights_rule,
     "linear": weights_rule,
     "norm": norm_rule,
-    "scale": _scale_rule,
+    "scale": scale_rule,
     "map": map_rule,
     "same": _same_rule,
     "pool": _pool_rule,

@@ -9,8 +9,9 @@ from torch import nn
 from dnal_mini.gating import gates, site_of
 from dnal_mini.graph.copies import copied
 from dnal_mini.methods.contract import Values
-from dnal_mini.pruning.analysis import facts_of, prepare
+from dnal_mini.pruning.analysis import facts_of
 from dnal_mini.pruning.foldgates import drop_gates
+from dnal_mini.pruning.prepare import prepare, tensors_of
 
 
 def collapse_floors(net: nn.Module, image_shape: tuple[int, ...], floor: float) -> dict[str, int]:
@@ -23,9 +24,10 @@ def collapse_floors(net: nn.Module, image_shape: tuple[int, ...], floor: float) 
     for gate in gates(opened).values():
         torch.nn.init.constant_(gate.s, math.inf)
     floors = {}
-    graph = prepare(drop_gates(opened), image_shape)
+    plain = drop_gates(opened)
+    graph, tensors = prepare(plain, image_shape), tensors_of(plain)
     for name, gate in gates(net).items():
-        dead = facts_of(graph, zeroed={site_of(net, name)}, forward_only=True)
+        dead = facts_of(graph, tensors, zeroed={site_of(net, name)}, forward_only=True)
         if dead.output_is_constant():
             floors[name] = max(1, math.ceil(floor * len(gate.s)))
     return floors

@@ -44,8 +44,6 @@ class Clock:
 class Slow(nn.Module):
     """Takes ``fixed_s`` per call and ``image_s`` per image on the clock."""
 
-    fx_leaf = True
-
     def __init__(self, clock: Clock, fixed_s: float, image_s: float) -> None:
         super().__init__()
         self.clock, self.fixed_s, self.image_s = clock, fixed_s, image_s
@@ -232,10 +230,10 @@ def test_a_form_that_cannot_be_made_leaves_the_others():
             return x if float(x.sum()) > 0 else -x
 
     result = compare(
-        net(5, Fickle()), net(3, Fickle()), SHAPE, forms=("eager", "deployed"), **QUICK
+        net(5, Fickle()), net(3, Fickle()), SHAPE, forms=("eager", "onnxruntime"), **QUICK
     )
     by_form = {r["form"]: r for r in result.rows}
-    assert "cannot trace" in by_form["deployed"]["not_measured"]
+    assert "cannot follow" in by_form["onnxruntime"]["not_measured"]
     assert by_form["eager"]["dense_s"] > 0
 
 

@@ -323,9 +323,9 @@ def test_counts_on_a_gpu_equal_those_on_the_cpu():
 @pytest.mark.parametrize(
     ("shape", "reason"),
     [
-        ((32, 32), "need three positive ints"),
-        ((3, 0, 32), "need three positive ints"),
-        ((3, 32.0, 32), "need three positive ints"),
+        ((32, 32), "image_shape"),
+        ((3, 0, 32), "need positive ints"),
+        ((3, 32.0, 32), "need positive ints"),
         ((4, 32, 32), "the net cannot take .* 3 channels"),
         ((3, 8, 8), "the net cannot take"),
         ((3, 64, 64), "the net cannot take"),

@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_nets import close
+from small_nets import close, named
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dnal_mini.graph.places import modules_around
 from dnal_mini.pruning.analysis import analyse
 from dnal_mini.pruning.facts import GONE, HELD, NEEDED, TIED, WALL, Keeps
-from dnal_mini.pruning.keepsets import settle, stride_between
+from dnal_mini.pruning.keepsets import settle
+from dnal_mini.pruning.pruner import settled as tried
 
 SHAPE = (3, 8, 6)
 
@@ -42,7 +44,7 @@ def settled(net: nn.Module, how: str = "scatter", **options: int) -> tuple[dict[
     """Why each channel is there, by the name of the node."""
     analysis = analyse(net, SHAPE)
     keeps = settle(analysis, how, **options)
-    return {node.name: why.tolist() for node, why in keeps.why.items()}, keeps
+    return {name: keeps.why[node].tolist() for name, node in named(analysis).items()}, keeps
 
 
 def test_in_a_chain_only_what_lives_stays():
@@ -65,7 +67,7 @@ def test_a_sum_ties_a_dead_channel_to_a_live_one():
     assert tie["bn2"] == [TIED, GONE] + [NEEDED] * 4
     assert tie["bn1"] == tie["relu"] == [NEEDED, GONE, TIED] + [NEEDED] * 3
     scatter, keeps = settled(net, "scatter")
-    assert [node.name for node in keeps.scatters] == ["bn2"]
+    assert [modules_around(node)[-1] for node in keeps.scatters] == ["bn2"]
     assert scatter["bn2"] == [GONE, GONE] + [NEEDED] * 4
     assert [place for place, reason in enumerate(scatter["add"]) if reason == GONE] == [1]
 
@@ -156,8 +158,10 @@ def test_a_dead_branch_is_emptied_and_its_inside_is_idle(how):
     net = Two(residual)
     close(net.bn2, *range(6))
     why, keeps = settled(net, how)
-    assert [(node.name, stride) for node, stride in keeps.emptied.items()] == [("bn2", 1)]
-    assert {node.name for node in keeps.idle} == {"bn2", "conv2"}
+    assert [(modules_around(node)[-1], stride) for node, stride in keeps.emptied.items()] == [
+        ("bn2", 1)
+    ]
+    assert {modules_around(node)[-1] for node in keeps.idle} == {"bn2", "conv2"}
     assert why["bn2"] == why["conv2"] == [GONE] * 6
     assert why["relu"] == [NEEDED] * 6
 
@@ -173,23 +177,44 @@ def test_a_dead_layer_in_a_chain_keeps_a_channel_and_a_note():
     assert keeps.notes == ["all dead: the input of Conv2d conv2 keeps 3 of 6 channels"]
 
 
-def test_a_width_in_the_forward_code_keeps_all_of_it():
-    """``view(n, 6, -1)`` takes no other width: the walk finds it, the report names it."""
-    net = Two(lambda net, x: F.relu(net.bn1(net.conv1(x))).view(x.shape[0], 6, 8, 6))
-    close(net.bn1, 1, 4)
-    analysis = analyse(net, SHAPE)
-    keeps = settle(analysis, "scatter")
-    (view,) = (node for node in keeps.why if node.name == "view")
-    assert keeps.mask(view).all()
-    assert any("view" in wall and "no other width" in wall for wall in analysis.walls.values())
+NUMBERS = {  # code that has a width written down, or makes a number of it
+    "view": lambda x: x.view(x.shape[0], 6, 8, 6),
+    "slice": lambda x: torch.cat([x[:, 3:], x[:, :3]], 1),
+    "split": lambda x: torch.cat(x.split([2, 4], 1)[::-1], 1),
+    "div": lambda x: x / x.shape[1],
+    "mul": lambda x: x * x.shape[1] ** -0.5,
+    "add": lambda x: x + len(x[0]),
+}
 
 
-def test_a_number_made_of_a_width_keeps_all_of_it():
-    """x / channels is another function with fewer channels."""
-    net = Two(lambda net, x: (y := F.relu(net.bn1(net.conv1(x)))) / y.shape[1])
+@pytest.mark.parametrize("operation", NUMBERS)
+def test_a_width_in_the_forward_code_keeps_all_of_it(operation):
+    """Trying the cut tells that the number does not follow; the report names the operation."""
+    net = Two(lambda net, x: NUMBERS[operation](F.relu(net.bn1(net.conv1(x))))).double().eval()
     close(net.bn1, 1, 4)
-    why, _ = settled(net)
-    assert GONE not in why["relu"]
+    cut = tried(net, {}, SHAPE)
+    assert cut.module.conv1.out_channels == 6
+    assert any(wall.startswith(operation) for wall in cut.report.walls), cut.report.walls
+    images = torch.randn(3, *SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(cut.module(images[:2]), net(images[:2]), rtol=1e-9, atol=1e-9)
+
+
+FOLLOWS = {  # code that works the same numbers out of the width
+    "view": lambda x: x.view(x.shape[0], -1, 8, 6),
+    "sizes": lambda x: x.view(*x.shape[:2], 48).reshape(x.shape),
+    "halves": lambda x: torch.cat([x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1),
+    "split": lambda x: torch.cat(x.split(x.shape[1] // 2, 1)[::-1], 1),
+    "expand": lambda x: x * x.mean((2, 3), keepdim=True).expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("operation", FOLLOWS)
+def test_a_number_that_follows_the_width_is_no_wall(operation):
+    net = Two(lambda net, x: FOLLOWS[operation](F.relu(net.bn1(net.conv1(x))))).double().eval()
+    close(net.bn1, 1, 4)
+    cut = tried(net, {}, SHAPE)
+    assert cut.module.conv1.out_channels == 4
+    assert not cut.report.walls
 
 
 @pytest.mark.parametrize("how", ["scatter", "tie"])
@@ -198,23 +223,3 @@ def test_with_every_channel_alive_nothing_is_held(how):
         why, keeps = settled(Two(residual, groups), how)
         assert all(reason == NEEDED for reasons in why.values() for reason in reasons)
         assert not keeps.notes
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "stride"),
-    [
-        ((2, 5, 8, 6), (2, 7, 8, 6), 1),
-        ((2, 5, 8, 6), (2, 7, 4, 3), 2),
-        ((2, 5, 9, 7), (2, 7, 5, 4), 2),
-        ((2, 5, 9, 7), (2, 7, 4, 3), None),
-        ((2, 5, 9), (2, 7, 9), 1),
-        ((2, 5, 8), (2, 7, 4), None),  # only images are strided
-        ((2, 5, 8, 6), (2, 7), None),
-    ],
-)
-def test_the_stride_between_two_sizes(before, after, stride):
-    assert stride_between(before, after) == stride
-    if stride is not None:
-        image = torch.zeros(before)[..., ::stride]
-        image = image[:, :, ::stride] if image.dim() == 4 else image
-        assert image.shape[2:] == after[2:]

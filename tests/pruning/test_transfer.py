@@ -41,7 +41,7 @@ class Around(nn.Module):
 
 def before_head(analysis: Analysis):
     """Facts of what the head reads."""
-    (head,) = (n for n in analysis.graph.graph.nodes if n.target == "head")
+    (head,) = (n for n, layer in analysis.graph.layers.items() if layer.name == "head")
     return analysis.facts[head.all_input_nodes[0]]
 
 
@@ -506,12 +506,12 @@ def test_zero_times_a_learned_number_is_zero():
     assert_same_function(net, small, SHAPE)
 
 
-def test_learned_numbers_per_channel_are_a_wall():
+def test_learned_numbers_per_channel_are_cut_with_them():
     net = Scaled((6, 1, 1))
     small = prune(net, SHAPE)
-    assert small.module.conv.out_channels == 6
-    assert len(small.report.walls) == 1
-    assert "mul with numbers in forward" in small.report.walls[0]
+    assert small.module.conv.out_channels == 4
+    assert tuple(small.module.numbers.shape) == (4, 1, 1)
+    assert not small.report.walls
     assert_same_function(net, small, SHAPE)
 
 

@@ -1,0 +1,43 @@
+"""Forward code that asks for float32 or less, run in float64 all the same."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
+CASTS = {"float", "half", "bfloat16"}
+
+
+class _Wide(TorchFunctionMode):
+    """A tensor of float64 stays one, and new tensors of float32 are of float64."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
+        if wide and getattr(func, "__name__", "") in CASTS:
+            return args[0]
+        args = tuple(torch.float64 if _is_narrow(a) else a for a in args)
+        kwargs = {k: torch.float64 if _is_narrow(v) else v for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _is_narrow(value: Any) -> bool:
+    return isinstance(value, torch.dtype) and value in NARROW
+
+
+@contextmanager
+def as_exact_as(net: nn.Module) -> Iterator[None]:
+    """Inside the block a network of float64 computes in float64, whatever its forward casts to.
+
+    So two networks can be compared to more digits than the user's code keeps. Others run as ever.
+    """
+    tensors = (t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point())
+    if next((t.dtype for t in tensors), None) != torch.float64:
+        yield
+        return
+    with _Wide():
+        yield

@@ -1,0 +1,118 @@
+"""Does a cut network do what the full one does? And if not, which operation did not follow?
+
+Sizes in a captured graph are those of the full network. Whether the user's code works them out
+from the width, or has them written down, is seen by trying: read ``follows``.
+"""
+
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dnal_mini.graph.capture import Capture, capture, evaluating
+from dnal_mini.graph.exact import as_exact_as
+from dnal_mini.graph.outputs import tensors_in
+from dnal_mini.graph.places import modules_around
+from dnal_mini.pruning.facts import Keeps
+from dnal_mini.refused import Refused
+
+TOLERANCE = 1e-6  # relative to the largest output; the cut net is compared in float64
+
+
+def follows(full: nn.Module, cut: nn.Module, inputs: Sequence[Any]) -> Exception | None:
+    """None if the cut network gives what the full one does, in eval mode; else what it does."""
+    with torch.no_grad(), evaluating(full), evaluating(cut), as_exact_as(full):
+        expected = tensors_in(full(*_copies(inputs)))
+        try:
+            found = tensors_in(cut(*_copies(inputs)))
+        except Exception as error:  # whatever the user's forward raises on other widths
+            return error
+    if [t.shape for t in expected] != [t.shape for t in found]:
+        return Refused("outputs of another shape")
+    for a, b in zip(expected, found, strict=True):
+        apart = float((a.double() - b.double()).nan_to_num().abs().max()) if a.numel() else 0.0
+        if not apart <= TOLERANCE * max(float(a.double().nan_to_num().abs().max()), 1e-30):
+            return Refused("other outputs")
+    return None
+
+
+def _copies(inputs: Sequence[Any]) -> list[Any]:
+    return [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+
+
+def stubborn(
+    cut: nn.Module, graph: Capture, keeps: Keeps, inputs: Sequence[Any], error: Exception
+) -> dict[fx.Node, str]:
+    """The operation that did not follow the widths, and why; all of them if none can be told."""
+    try:
+        narrow = capture(cut, inputs)
+    except Refused as refusal:
+        cause = refusal.__cause__ or error
+        return _at_line(cut, graph, keeps, cause) or _everything(graph, cause)
+    for key, nodes in _numbered(graph, keeps).items():
+        found = _numbered(narrow, None).get(key, [])
+        for (node, wanted), (_, got) in zip(nodes, found, strict=False):
+            if wanted != got and node not in graph.stubborn:
+                return {node: f": its numbers stay {_short(got)}"}
+    return _everything(graph, error)
+
+
+def _everything(graph: Capture, error: BaseException) -> dict[fx.Node, str]:
+    reason = f": with other widths {str(error).strip().splitlines()[0]}" if str(error) else ""
+    return {node: reason for node in graph.nodes if node.op == "call_function"}
+
+
+def _at_line(
+    cut: nn.Module, graph: Capture, keeps: Keeps, error: BaseException
+) -> dict[fx.Node, str]:
+    """The first operation at the line of the user's code that does not run with other widths."""
+    names = {id(module): name for name, module in cut.named_modules()}
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    frames = [
+        (f.f_code.co_filename, number, names.get(id(f.f_locals.get("self"))))
+        for f, number in traceback.walk_tb(error.__traceback__)
+    ]
+    for file, number, module in reversed(frames):
+        if module is None:
+            continue
+        line = f'File "{file}", line {number}, in'
+        there = [
+            node
+            for node in graph.nodes
+            if node not in graph.stubborn
+            and line in node.meta.get("stack_trace", "")
+            and module in ("", *modules_around(node))
+        ]
+        sized = [node for node in there if keeps.numbers.get(node, node.args) != node.args]
+        if there:  # the first that has a size to follow, or was called with another width
+            return {(sized or there)[0]: f": with other widths {text}"}
+    return {}
+
+
+def _numbered(graph: Capture, keeps: Keeps | None) -> dict[tuple, list[tuple[fx.Node, Any]]]:
+    """The numbers among the arguments of all operations but layers, by operation and place."""
+    found: dict[tuple, list[tuple[fx.Node, Any]]] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or (
+            node in graph.layers and graph.layers[node].kind != "scale"
+        ):
+            continue
+        if keeps and node in keeps.idle:
+            continue
+        args = keeps.numbers.get(node, node.args) if keeps else node.args
+        numbers = [_number(value) for value in (*args, *node.kwargs.values())]
+        key = (str(node.target), (modules_around(node) or [""])[-1])
+        found.setdefault(key, []).append((node, numbers))
+    return found
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_number(part) for part in value]
+    return value if isinstance(value, int | float | str) else None
+
+
+def _short(numbers: list[Any]) -> str:
+    return ", ".join(str(number) for number in numbers if number is not None)
