@@ -32,7 +32,8 @@ from dnal_mini.measure.latency import latency_pair
 from dnal_mini.methods import METHODS
 from dnal_mini.methods.contract import Method, Subject
 from dnal_mini.models import MODELS
-from dnal_mini.pruning.netfile import load
+from dnal_mini.pruning.netfile import load, save
+from dnal_mini.pruning.pruner import prune
 from dnal_mini.runs import runlog
 from dnal_mini.search.driver import run
 from dnal_mini.search.sweep import sweep
@@ -419,6 +420,25 @@ def test_weights_of_ours_are_part_of_what_a_run_is(tmp_path):
         with pytest.raises(ValueError, match=r"starts from other weights|drawn from the seed"):
             run(other.replace(weights_from=str(tmp_path / "run")), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_saved_net_of_which_nothing_was_cut_is_a_file_of_weights(tmp_path):
+    trained = net(5)
+    trained(torch.rand(4, 3, 12, 10))  # its norms have seen something
+    save(prune(trained.eval(), (3, 12, 10)), tmp_path / "dense.safetensors")
+    config = CONFIG.replace(baseline="none", weights=str(tmp_path / "dense.safetensors"))
+    result = run(config, tmp_path / "run", net=net(), data=toy())
+    config = config.replace(weights="")
+    assert told(run(config, tmp_path / "given", net=trained, data=toy())) == told(result)
+    cut = tmp_path / "run" / "small.safetensors"
+    with pytest.raises(ValueError, match=r"got weights .*small.safetensors with .*; need \("):
+        run(CONFIG.replace(weights=str(cut)), tmp_path / "other", net=net(), data=toy())
+
+
+def test_loaders_are_not_shared_by_several_processes(tmp_path):
+    with pytest.raises(ValueError, match="got DataLoaders for several processes; need one"):
+        run(CONFIG.replace(devices=2), tmp_path / "run", net=net(), data=loaders())
+    assert not (tmp_path / "run").exists()
 
 
 def state(**changes: Tensor | None) -> dict[str, Tensor]:
