@@ -74,8 +74,9 @@ def nets_in(path: Path, model: str = "") -> tuple[dict[str, nn.Module], tuple[in
     config, count = settings_in(path), (recorded(path).get("net") or {}).get("num_classes", 10)
     model = model or config.model
     small = saved(file, "" if isinstance(config.method, Designer) else model, count)
-    dense = _dense(path, config, build(model, small, config.width, count))
-    return {"dense": dense, "pruned": small.module}, tuple(small.spec["image_shape"])
+    shape, plain = tuple(small.spec["image_shape"]), build(model, small, config.width, count)
+    gated = add_gates(plain, config.order, image_shape=shape)
+    return {"dense": _dense(path, config, gated), "pruned": small.module}, shape
 
 
 def saved(path: Path, model: str = "", num_classes: int = 10) -> Pruned:
@@ -107,11 +108,10 @@ def build(model: str, small: Pruned, width: float, num_classes: int) -> nn.Modul
     return build_named(model, count, width=width, **sized)
 
 
-def _dense(folder: Path, config: SearchConfig, plain: nn.Module) -> nn.Module:
+def _dense(folder: Path, config: SearchConfig, net: nn.Module) -> nn.Module:
     """The dense net that the run compared with: the baseline, else as its first stage left it."""
     first, second, *_ = config.stages()
     path = folder / f"{second.name if second.name == 'baseline' else first.name}.pt"
-    net = add_gates(plain, config.order)
     try:
         net.load_state_dict(load_state(path)["net"])
     except Exception as error:  # torch raises several kinds for a damaged file

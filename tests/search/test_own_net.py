@@ -35,6 +35,7 @@ from dnal_mini.models import MODELS
 from dnal_mini.pruning.netfile import load, save
 from dnal_mini.pruning.pruner import prune
 from dnal_mini.runs import runlog
+from dnal_mini.runs.reopen import nets_in
 from dnal_mini.search.driver import run
 from dnal_mini.search.sweep import sweep
 
@@ -651,6 +652,22 @@ def test_a_net_that_was_given_is_asked_for_by_resume_and_export(tmp_path, capsys
     words = ["--model", f"{Net.__module__}:Net", "--format", "pt2", "--out", str(tmp_path / "out")]
     assert main(["export", str(tmp_path / "run"), *words]) == 0
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"dense.pt2", "pruned.pt2"}
+
+
+def one_size(num_classes: int) -> nn.Module:
+    """A net for images of 12 x 10 and no others."""
+    return nn.Sequential(
+        nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Conv2d(7, 5, 3), nn.BatchNorm2d(5),
+        nn.ReLU(), nn.Flatten(), nn.Linear(5 * 8 * 6, num_classes),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"])
+def test_a_net_for_images_of_one_size_is_exported_whatever_the_order(tmp_path, order):
+    config = CONFIG.replace(model=f"{Net.__module__}:one_size", order=order)
+    result = run(config, tmp_path / "run", data=toy())
+    nets, image_shape = nets_in(tmp_path / "run")
+    assert [cost(net, image_shape).macs for net in nets.values()] == result["macs"]
 
 
 # Images that have moved ---------------------------------------------------------------------------
