@@ -31,7 +31,9 @@ def describe(node: fx.Node, names: dict[fx.Node, str]) -> str:
     *_, (_, kind) = node.meta.get("nn_module_stack", {"": ("", "")}).values()
     if str(kind).startswith("torch.nn.modules.") and place != "forward":
         return f"{str(kind).rpartition('.')[2]} {place}"
+    _, told = node.meta.get("torch_fn", ("", ""))  # the function of torch that the user called
     name = name_of(node) or getattr(node.target, "__name__", str(node.target))
+    name = told.removeprefix("function.") if told.startswith("function.") else name
     read = [names[n] for n in node.all_input_nodes if n in names]
     return f"{name}{' with ' * bool(read)}{', '.join(read)} in {place}"
 

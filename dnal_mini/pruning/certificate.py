@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dnal_mini.gating import set_gates
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.exact import as_exact_as
@@ -117,6 +118,24 @@ def outputs(net: nn.Module, images: Tensor, batch_statistics: bool = False) -> l
                 module.train(batch_statistics)
         output = net(images.clone())
     return [tensor.double() for tensor in tensors_in(output)]
+
+
+@torch.no_grad()
+def largest_difference(
+    net: nn.Module, small: nn.Module, image_shape: Sequence[int], batch: int = 4, seed: int = 0
+) -> tuple[float, float]:
+    """Largest |hard-gated - pruned| output on random images in float64, eval mode.
+
+    Returns the absolute difference and the same relative to the largest |output|; all tensors of
+    a tuple or dict are compared.
+    """
+    full, cut = (copied(n).cpu().double() for n in (net, small))
+    set_gates(full, mode="hard")
+    draw = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, *image_shape, generator=draw, dtype=torch.float64)
+    pairs = list(zip(outputs(full, images), outputs(cut, images), strict=True))
+    absolute = max(float((a - b).abs().max()) for a, b in pairs)
+    return absolute, absolute / max(*(float(a.abs().max()) for a, _ in pairs), 1e-300)
 
 
 def _settled(net: nn.Module, shape: Sequence[int]) -> nn.Module:

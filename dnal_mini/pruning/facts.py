@@ -69,6 +69,18 @@ class Analysis:
         layer = self.graph.layers.get(node)
         return layer.name if layer else describe(node, self.graph.tensors)
 
+    def by_name(self) -> dict[str, Facts]:
+        """Facts of all tensors by the layer or module that makes them, else by the operation.
+
+        The first call of several: a second one has no name of its own.
+        """
+        found: dict[str, Facts] = {}
+        for node, facts in self.facts.items():
+            layer = self.graph.layers.get(node)
+            name = layer.name if layer else self.graph.sole.get(node, node.name)
+            found.setdefault(name, facts)
+        return found
+
     def can_wrap(self, node: fx.Node) -> bool:
         """True if something can be put in front of a layer or behind it: a module called once."""
         layer = self.graph.layers.get(node)

@@ -115,7 +115,7 @@ def plan(
     _add_put_in(put_in or {}, modules)
     rows = (n for n in analysis.facts if analysis.facts[n].kind in WEIGHTS)
     report.layers = [_report_row(node, analysis, keeps) for node in rows]
-    report.walls = list(_walls(analysis, keeps))
+    report.walls = list(dict.fromkeys(_walls(analysis, keeps)))
     report.notes += analysis.graph.notes
     return {"keep": keep, "modules": modules}, numbers, report
 

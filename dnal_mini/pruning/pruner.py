@@ -44,7 +44,7 @@ class Pruned:
     ``module`` is a copy of the net's own class with smaller submodules and no gates, ``spec`` the
     JSON-able description of the cut, ``report`` what was cut and why not more, ``certificate`` the
     largest absolute difference between hard-gated and pruned output in float64, over images of two
-    sizes and both modes (relative ones, float32 too, are in ``spec["certificate"]``).
+    sizes and both modes (each is in ``spec["trials"]``, float32 too in ``spec["certificate"]``).
 
     Example:
         >>> net = dnal.models.vgg16(width=0.125).eval()
@@ -114,6 +114,7 @@ def prune(
         "residual": residual,
         **tables,
         "certificate": _summary(trials, exact.to(_dtype(net)), small, image_shape),
+        "trials": [asdict(trial) | {"image_shape": list(trial.image_shape)} for trial in trials],
         "cost": {"dense": _cost(net, image_shape), "pruned": _cost(small, image_shape)},
         "report": vars(report),
     }
@@ -259,13 +260,12 @@ def _decided(net: nn.Module, absorb: bool) -> nn.Module:
 def _summary(
     trials: list[Trial], full: nn.Module, small: nn.Module, image_shape: Sequence[int]
 ) -> dict[str, Any]:
-    """The certificate of a spec: the largest differences, and each comparison."""
+    """The certificate of a spec: the largest difference of any comparison."""
     rounded = _difference(full, small, image_shape)
     return {
         "absolute": max(trial.absolute for trial in trials),
         "relative": max(trial.relative for trial in trials),
         "relative_float32": rounded,
-        "trials": [asdict(trial) | {"image_shape": list(trial.image_shape)} for trial in trials],
     }
 
 
