@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from dnal_mini.gating import Order
+from dnal_mini.gating import MOST_EPOCHS, Order
 from dnal_mini.methods import METHODS
 from dnal_mini.methods.contract import Method, Scorer
 from dnal_mini.methods.dnal import DNAL
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.pruner import Residual
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_name, shown
 from dnal_mini.training.schedules import ScheduleName
 from dnal_mini.training.stage import Feed, Stage
 
@@ -45,9 +45,10 @@ class Budget:
         if len(given) != 1:
             got = " and ".join(given) or "none"
             raise Refused(f"got budget {got}; need one of {', '.join(vars(self))}; do name one")
-        if not 0 < self.share < 1:
+        value = given[self.metric]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
             raise Refused(
-                f"got budget.{self.metric} {given[self.metric]}; need a share of the dense net's "
+                f"got budget.{self.metric} {shown(value)}; need a share of the dense net's "
                 "between 0 and 1, such as 0.3"
             )
 
@@ -160,6 +161,7 @@ class SearchConfig:
         _check(self, RANGES)
         if ":" not in self.model and "." not in self.model:  # a function, the class of a given net
             known(self.model, MODELS, "model")
+        need_name("name", self.name)
         _check(self.method, self.method.ranges)
         if self.method.needs_budget and self.budget is None:
             raise Refused(
@@ -199,6 +201,8 @@ class SearchConfig:
         if changes.get("weights"):
             changes = {"weight_epochs": 0} | changes
         given = changes.pop("method", self.method)
+        if not isinstance(given, str | Method):
+            raise Refused(f"got method {shown(given)}; need one of {', '.join(METHODS)}")
         kind = METHODS[known(given, METHODS, "method")] if isinstance(given, str) else type(given)
         method = given if isinstance(given, Method) else self.method
         method = method if type(method) is kind else kind()
@@ -213,6 +217,8 @@ class SearchConfig:
                     f"{owner.name}, or leave it out"
                 )
         if isinstance(budget := changes.get("budget"), dict):
+            for metric in budget:
+                known(metric, [field.name for field in fields(Budget)], "budget")
             changes["budget"] = Budget(**budget)
         for_method = {name: changes.pop(name) for name in theirs & changes.keys()}
         method = dataclasses.replace(method, **for_method)
@@ -285,6 +291,7 @@ MEANS = (*PATHS, "checkpoint_s", "devices", "num_nodes", "strategy")
 TUNING = ("fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "residual", "tuned_from")
 LATER = ("method", "budget", "floor", "baseline")  # not in stage 1 either
 TINY = 1e-12
+MOST = {int: 10**9, float: 1e30}  # of what has no bound of its own: float32 holds it
 RANGES = {
     "val": (1, math.inf), "train_images": (0, math.inf), "image_size": (0, 65536),
     "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (0, math.inf),
@@ -311,9 +318,20 @@ def _check(part: SearchConfig | Method, ranges: Mapping[str, tuple[float, float]
             raise Refused(f"got {name} {value!r}; need a value of type {kind}")
     for name, (low, high) in ranges.items():
         value = getattr(part, name)
-        if not (low <= value <= high and math.isfinite(value)):
-            above = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+        most = MOST_EPOCHS if name.endswith("epochs") else MOST[type(value)]
+        most = most if high == math.inf else high
+        if not low <= value <= most:
+            above = (
+                f"{low:g} or more" if value < low and high == math.inf else f"{low:g} to {most:g}"
+            )
             raise Refused(f"got {name} {value}; need {above}")
+
+
+def need_config(config: Any) -> None:
+    """Raises: ValueError for what is no SearchConfig."""
+    if not isinstance(config, SearchConfig):
+        do = "call it" if callable(config) else "see dnal.recipes"
+        raise Refused(f"got config {shown(config)}; need a SearchConfig; do {do}")
 
 
 def method_fields() -> set[str]:
@@ -341,6 +359,8 @@ def known(word: str, names: Iterable[str], what: str) -> str:
     Raises: ValueError with the names that begin so, or else the nearest one.
     """
     names = list(names)
+    if not isinstance(word, str):
+        raise Refused(f"got {what} {shown(word)}; need one of {', '.join(sorted(names))}")
     if word in names:
         return word
     begin = [name for name in names if word and name.startswith(word)]

@@ -4,7 +4,6 @@ Read ``add_gates``. The layer itself is ``layers/scaled_sigmoid.py``; nothing he
 training, pruning or particular networks.
 """
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
@@ -24,7 +23,7 @@ from dnal_mini.graph.observed import (
 )
 from dnal_mini.layers.gated_norm import Gated, GatedFirst, GatedLate, put_gate, take_gate
 from dnal_mini.layers.scaled_sigmoid import Mode, ScaledSigmoid
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_callable, need_module, need_number, need_word
 
 Order = Literal["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"]
 
@@ -36,6 +35,9 @@ DeltaForm = Literal["paper", "code", "linear", "constant"]
 
 
 Where = Callable[[str, nn.Module], bool]
+
+
+MOST_EPOCHS = 10**6
 
 
 def add_gates(
@@ -71,8 +73,9 @@ def add_gates(
         >>> isinstance(gated.features.bn1, torch.nn.BatchNorm2d)
         True
     """
-    if order not in get_args(Order):
-        raise Refused(f"got order {order!r}; need one of {', '.join(get_args(Order))}")
+    need_word("order", order, get_args(Order))
+    if where is not None:
+        need_callable("where", where, "name", "norm")
     if gates(net):
         raise Refused("got a net that has gates already; need a plain one: gate a fresh net")
     images = example_images(net, image_shape)
@@ -165,7 +168,29 @@ def gates(net: nn.Module) -> dict[str, ScaledSigmoid]:
         >>> name, len(gate.s)
         ('features.bn1.gate', 8)
     """
+    need_module(net)
     return {name: m for name, m in net.named_modules() if isinstance(m, ScaledSigmoid)}
+
+
+def check_gates(net: nn.Module) -> dict[str, ScaledSigmoid]:
+    """All gates of a network, as ``gates``.
+
+    Raises: ValueError for a gate that was set by hand to what no gate can be.
+    """
+    every = gates(net)
+    for name, gate in every.items():
+        layer = net.get_submodule(name.rpartition(".")[0])
+        sizes = [getattr(layer, n, None) for n in ("num_features", "out_channels")]
+        count = next((n for n in sizes if n and isinstance(layer, Gated)), gate.s.numel())
+        need_word(f"mode of {name}", gate.mode, get_args(Mode))
+        need_number(f"delta of {name}", gate.delta, 0, ends=False)
+        need_number(f"threshold of {name}", gate.threshold, 0, 1, ends=False)
+        if gate.s.shape != (count,) or bool(gate.s.isnan().any()):
+            raise Refused(
+                f"got s of {name} of shape {tuple(gate.s.shape)} with {int(gate.s.isnan().sum())} "
+                f"NaN; need a number for each channel, ({count},); do go back to such a state"
+            )
+    return every
 
 
 def set_gates(
@@ -176,20 +201,29 @@ def set_gates(
 ) -> None:
     """Set the mode, the steepness and the threshold of every gate, in place.
 
-    Raises: ValueError for an unknown mode, delta not finite and positive, threshold not in (0, 1).
+    A network without gates is left as it is.
+
+    Raises: ValueError for an unknown mode, delta not finite and positive in the gates' dtype,
+    threshold not in (0, 1).
     Example:
         >>> gated = dnal.add_gates(dnal.models.vgg16(width=0.125))
         >>> dnal.set_gates(gated, mode="soft", delta=100.0)
         >>> {(gate.mode, float(gate.delta)) for gate in dnal.gates(gated).values()}
         {('soft', 100.0)}
     """
-    if mode is not None and mode not in get_args(Mode):
-        raise Refused(f"got mode {mode!r}; need one of {', '.join(get_args(Mode))}")
-    if delta is not None and not (math.isfinite(delta) and delta > 0):
-        raise Refused(f"got delta {delta}; need a finite number above 0")
-    if threshold is not None and not 0 < threshold < 1:
-        raise Refused(f"got threshold {threshold}; need a number between 0 and 1")
-    for gate in gates(net).values():
+    every = gates(net)
+    if mode is not None:
+        need_word("mode", mode, get_args(Mode))
+    if delta is not None:
+        delta = need_number("delta", delta, 0, ends=False)
+        for name, gate in every.items():
+            held = float(torch.tensor(delta, dtype=torch.float64).to(gate.delta.dtype))
+            if not 0 < held < torch.inf:
+                raise Refused(f"got delta {delta}, which is {held:g} in the dtype of {name}; need "
+                              "one that it can hold")  # fmt: skip
+    if threshold is not None:
+        need_number("threshold", threshold, 0, 1, ends=False)
+    for gate in every.values():
         gate.mode = gate.mode if mode is None else mode
         gate.threshold = gate.threshold if threshold is None else threshold
         if delta is not None:
@@ -223,12 +257,9 @@ def delta_schedule(epochs: int, form: DeltaForm = "paper", delta_max: float = 1e
         >>> [round(delta, 1) for delta in dnal.delta_schedule(5, "code")]
         [6.3, 39.8, 251.2, 1584.9, 10000.0]
     """
-    if epochs < 1:
-        raise Refused(f"got {epochs} epochs; need at least 1")
-    if not (math.isfinite(delta_max) and delta_max >= 1):
-        raise Refused(f"got delta_max {delta_max}; need a finite number of at least 1")
-    if form not in get_args(DeltaForm):
-        raise Refused(f"got form {form!r}; need one of {', '.join(get_args(DeltaForm))}")
+    need_number("epochs", epochs, 1, MOST_EPOCHS, whole=True)
+    need_number("delta_max", delta_max, 1)
+    need_word("form", form, get_args(DeltaForm))
     if form == "constant" or epochs == 1:
         return [delta_max] * epochs
     if form == "code":
@@ -265,8 +296,9 @@ def gate_report(net: nn.Module, bins: int = 10) -> dict[str, dict]:
     (0.1, 0.9)), ``gap`` (largest min(p, 1 - p): 0 when binary), ``histogram`` (counts of p in
     ``bins`` equal bins of [0, 1]).
     """
+    need_number("bins", bins, 1, 10**6, whole=True)
     rows = {}
-    for name, gate in gates(net).items():
+    for name, gate in check_gates(net).items():
         p = gate.p.detach().double().cpu()
         rows[name] = {
             "channels": len(p),

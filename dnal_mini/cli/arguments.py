@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from dnal_mini.config import Budget, SearchConfig, known
 from dnal_mini.methods import METHODS
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_folder
 
 
 def overrides(words: list[str], config: SearchConfig) -> dict[str, Any]:
@@ -19,8 +19,8 @@ def overrides(words: list[str], config: SearchConfig) -> dict[str, Any]:
 
     The fields of all methods are known here; ``SearchConfig.replace`` says whose they are.
 
-    Raises: ValueError for a word without a flag, a flag without a value, an unknown field, or a
-    value of another type.
+    Raises: ValueError for a word without a flag, a flag without a value or twice, an unknown field,
+    or a value of another type.
     """
     types = get_type_hints(type(config)) | {"method": str, "out": str}
     for method in METHODS.values():
@@ -38,11 +38,18 @@ def overrides(words: list[str], config: SearchConfig) -> dict[str, Any]:
             if not rest or rest[0].startswith("--"):
                 raise Refused(f"got {flag} alone; need {flag} VALUE; do add the value")
             text = rest.pop(0)
+        if name in values or name.partition(".")[2] in share:
+            raise twice(flag)
         if name in budget:
             share[name.partition(".")[2]] = typed(flag, text, float)
         else:
             values[name] = typed(flag, text, types[name])
     return values | ({"budget": Budget(**share)} if share else {})
+
+
+def twice(flag: str) -> Refused:
+    """An option that comes again: which of the two is meant?"""
+    return Refused(f"got {flag} twice; need it once; do leave one out")
 
 
 def typed(flag: str, value: Any, kind: Any) -> Any:
@@ -67,21 +74,30 @@ def typed(flag: str, value: Any, kind: Any) -> Any:
 def take(words: list[str], flag: str) -> str | None:
     """The text of ``--flag TEXT`` or ``--flag=TEXT``, taken out of the words; None if not there.
 
-    Raises: ValueError for a flag at the end without a text.
+    Raises: ValueError for a flag without a text, or twice.
     """
-    for at, word in enumerate(words):
-        name, equals, text = word.partition("=")
-        if name == flag:
-            if not equals and not words[at + 1 :]:
-                raise Refused(f"got {flag} alone; need {flag} VALUE; do add the value")
-            text = text if equals else words[at + 1]
-            del words[at : at + (1 if equals else 2)]
-            return text
-    return None
+    found = take_all(words, flag, 1)
+    if found is None:
+        return None
+    if not found or not found[0]:
+        raise Refused(f"got {flag} alone; need {flag} VALUE; do add the value")
+    return found[0]
 
 
-def take_all(words: list[str], flag: str) -> list[str] | None:
-    """The texts of ``--flag A B ...``, taken out of the words; None if the flag is not there."""
+def take_folder(words: list[str], flag: str) -> Path | None:
+    """The folder of ``--flag DIR`` as ``take``, there or to be made.
+
+    Raises: ValueError for anything else.
+    """
+    text = take(words, flag)
+    return None if text is None else need_folder(text, flag)
+
+
+def take_all(words: list[str], flag: str, most: int | None = None) -> list[str] | None:
+    """The texts of ``--flag A B ...``, taken out of the words; None if the flag is not there.
+
+    ``most``: how many it takes, the rest is left. Raises: ValueError for a flag that comes twice.
+    """
     found: list[str] | None = None
     at = 0
     while at < len(words):
@@ -89,10 +105,13 @@ def take_all(words: list[str], flag: str) -> list[str] | None:
         if name.replace("_", "-") != flag:
             at += 1
             continue
+        if found is not None:
+            raise twice(flag)
+        last = len(words) if most is None else min(len(words), at + 1 + most)
         end = at + 1
-        while not equals and end < len(words) and not words[end].startswith("--"):
+        while not equals and end < last and not words[end].startswith("--"):
             end += 1
-        found = [*(found or []), *([text] if equals else words[at + 1 : end])]
+        found = [text] if equals else words[at + 1 : end]
         del words[at:end]
     return found
 
@@ -101,6 +120,10 @@ def paths_and_switches(words: list[str], switches: tuple[str, ...]) -> tuple[lis
     """Folders and files, and which of the command's switches are among the words."""
     paths = [Path(word) for word in words if not word.startswith("-")]
     flags = [word for word in words if word.startswith("-")]
+    if again := [flag for k, flag in enumerate(flags) if flag in flags[:k]]:
+        raise twice(again[0])
+    if not all(words):
+        raise Refused("got '' for a path; need the name of a file or folder; do leave it out")
     return paths, {known(flag, switches, "option") for flag in flags}
 
 

@@ -21,6 +21,7 @@ from dnal_mini.cli.arguments import (
     print_fields,
     take,
     take_all,
+    take_folder,
     typed,
 )
 from dnal_mini.cli.display import Display, how_to_continue, show_of_several
@@ -123,10 +124,9 @@ def _run(words: list[str]) -> None:
     config, rest = _recipe(words)
     if _asked_for_help(rest, config, "dnal run [RECIPE] [--out DIR]"):
         return
-    given = overrides(rest, config)
-    out = given.pop("out", None)
-    config = config.replace(**given)
-    _search(config, Path(out) if out else Path("runs") / f"{config.name}-{_hash(config)}")
+    out = take_folder(rest, "--out")
+    config = config.replace(**overrides(rest, config))
+    _search(config, out or Path("runs") / f"{config.name}-{_hash(config)}")
 
 
 def _recipe(words: list[str]) -> tuple[SearchConfig, list[str]]:
@@ -189,12 +189,11 @@ def _sweep(words: list[str]) -> None:
     values = [typed(field, text, float) for text in texts]
     seeds = take_all(rest, "--seed")
     jobs, ray = take(rest, "--jobs"), take_all(rest, "--ray")
-    given = overrides(rest, config)
-    out = given.pop("out", None)
+    out, given = take_folder(rest, "--out"), overrides(rest, config)
     if field not in strengths and "method" in given:  # which may want a budget to be made
         given["budget"] = Budget(macs=0.5)
     config = config.replace(**given)
-    folder = Path(out) if out else Path("runs") / f"{config.name}-sweep-{_hash(config, sweep.FREE)}"
+    folder = out or Path("runs") / f"{config.name}-sweep-{_hash(config, sweep.FREE)}"
     try:
         failed = sweep.sweep(
             config,
@@ -242,13 +241,13 @@ def _export(words: list[str]) -> None:
     """The nets of a run, or that of a saved file, written for other runtimes and checked."""
     rest = list(words)
     kind = known(take(rest, "--format") or "both", ("onnx", "pt2", "both"), "format")
-    out, model = take(rest, "--out"), take(rest, "--model") or ""
+    out, model = take_folder(rest, "--out"), take(rest, "--model") or ""
     paths, switches = paths_and_switches(rest, ("--deploy", "--no-deploy"))
     if len(paths) != 1 or len(switches) > 1:
         got = " ".join(words) or "nothing to export"
         raise Refused(f"got {got}; need one run folder or .safetensors file; do see dnal --help")
     nets, image_shape = nets_in(paths[0], model)
-    folder = Path(out) if out else paths[0] if paths[0].is_dir() else paths[0].parent
+    folder = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
     folder.mkdir(parents=True, exist_ok=True)
     head = f"{'file':<12}{'bytes':>14}{'ratio':>8}{'difference':>12}\n"
     for suffix in ("onnx", "pt2") if kind == "both" else (kind,):
@@ -266,7 +265,8 @@ def _export(words: list[str]) -> None:
 
 def _recipes(words: list[str]) -> None:
     """Name, model, epochs of the three stages, and the first line of each recipe."""
-    paths_and_switches(words, ())
+    if paths_and_switches(words, ())[0]:
+        raise Refused(f"got {' '.join(words)}; need no more words; do see dnal run RECIPE --help")
     for name, recipe in RECIPES.items():
         config = recipe()
         epochs = [stage.epochs for stage in config.stages() if stage.name != "baseline"]

@@ -39,11 +39,6 @@ def refusal(place: Path, got: str, need: str, do: str) -> Refused:
     return Refused(f"{place}: got {got}; need {need}; {do}")
 
 
-def line_of(error: BaseException) -> str:
-    """First line of an error's text, or its type."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
-
-
 def listing(root: Path) -> Listing:
     """All images below ``train/<class>`` and ``test/<class>`` (else ``val``), by class and path.
 

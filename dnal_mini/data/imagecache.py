@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dnal_mini.data.folders import line_of, open_image, refusal
+from dnal_mini.data.folders import open_image, refusal
+from dnal_mini.refused import line_of
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_number
 
 Batches = Generator[tuple[Tensor, Tensor], None, None]  # images (n, c, h, w), labels (n,)
 
@@ -162,6 +162,7 @@ def carve(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: ``count`` is below 1 or would empty a class.
     """
+    need_number("a count of images (val, train_images)", count, whole=True)
     sizes = torch.bincount(labels)
     most = int((sizes - 1).clamp(min=0).sum())
     if not 1 <= count <= most:

@@ -8,17 +8,26 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from dnal_mini.data.folders import line_of, listing, pass_instead, refusal
+from dnal_mini.data.folders import listing, pass_instead, refusal
 from dnal_mini.data.imagecache import CachedSplit, cache_folders, image_size_of, prepare
 from dnal_mini.data.imageset import ImageSet, Split, carve, carved_set, channel_statistics
 from dnal_mini.data.torchvision import fix_torchvision
-from dnal_mini.refused import Refused
+from dnal_mini.refused import (
+    LARGEST_SEED,
+    LARGEST_SIDE,
+    Refused,
+    line_of,
+    need_number,
+    need_path,
+    need_shape,
+)
 
 # Customary for CIFAR-10: over its 50,000 training images, per channel.
 CIFAR10_MEAN = (0.4914, 0.4824, 0.4467)
 
 
 CIFAR10_STD = (0.2471, 0.2435, 0.2616)
+MOST_NUMBERS = 2**29  # of a split that is drawn: 2 GB on the way, as float32
 
 
 def digits(seed: int = 0, val: int = 180) -> ImageSet:
@@ -28,6 +37,7 @@ def digits(seed: int = 0, val: int = 180) -> ImageSet:
     """
     from sklearn.datasets import load_digits
 
+    need_number("seed", seed, 0, LARGEST_SEED, whole=True)
     source = load_digits()
     small = torch.from_numpy(source.images).float()[:, None] * (255 / 16)
     large = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False)
@@ -51,7 +61,13 @@ def toy_images(
 
     ``noise`` is the standard deviation for pixels in [0, 1]. Class sizes differ by one at most.
     """
-    channels, height, width = image_shape
+    need_number("noise", noise, 0)
+    need_number("seed", seed, 0, LARGEST_SEED, whole=True)
+    channels, height, width = need_shape(image_shape, dims=[3])
+    most = MOST_NUMBERS // (channels * height * width)
+    for name, count in {"train": train, "val": val, "test": test}.items():
+        need_number(name, count, 1, most, whole=True)
+    need_number("num_classes", num_classes, 1, 10**6, whole=True)
     generator = torch.Generator().manual_seed(4 * seed)
     coarse = torch.rand(num_classes, channels, 4, 4, generator=generator)
     smooth = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False)
@@ -128,9 +144,8 @@ def image_folder(
             damaged, no place to write one.
     """
     path = _data_root(root)
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if size is not None and min(size) < 1:
-        raise refusal(path, f"image_size {image_size}", "1 or more", "change --image-size")
+    size = _size(image_size)
+    need_number("seed", seed, 0, LARGEST_SEED, whole=True)
     names, load, load_test = _folder(path, size, size is not None, cache)
     whole = load()
     count = max(1, len(whole) // 10) if val is None else val
@@ -199,4 +214,15 @@ def _data_root(root: Path | str | None) -> Path:
     path = root or os.environ.get("DNAL_DATA")
     if path is None or path == "":
         raise Refused("got no data folder; need one; pass --data-dir (root), or set DNAL_DATA")
-    return Path(path).expanduser()
+    return need_path(path, "data folder").expanduser()
+
+
+def _size(image_size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    """Height and width of a side or a pair. Raises: ValueError for anything else."""
+    if image_size is None:
+        return None
+    sides = image_size if isinstance(image_size, tuple | list) else (image_size, image_size)
+    if len(sides) != 2:
+        raise Refused(f"got image_size {image_size}; need a side, or (height, width)")
+    height, width = (need_number("image_size", n, 1, LARGEST_SIDE, whole=True) for n in sides)
+    return int(height), int(width)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from dnal_mini.deployment.fold import deploy, refuse_gates
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.outputs import TensorsOnly, tensors_in
-from dnal_mini.refused import Refused
+from dnal_mini.refused import UNFIT, Refused, need_numbers, need_path, need_shape
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}  # file against network, relative
 
@@ -70,16 +70,19 @@ def export(
         >>> written.path.name, written.difference < 1e-5
         ('net.pt2', True)
     """
-    path = Path(path)
+    path = need_path(path)
     write = {".pt2": _write_pt2, ".onnx": _write_onnx}.get(path.suffix)
     if write is None:
         raise Refused(f"got file name {path.name!r}; need .pt2 or .onnx at its end; do add it")
     if not path.parent.is_dir():
         raise Refused(f"got folder {path.parent}; need one that is there; do create it")
+    if path.exists() and not path.is_file():
+        raise Refused(f"got {path}, which is no regular file; need a file name; do change it")
     if path.suffix == ".onnx":
         for name in ONNX_PACKAGES:
             _package(name)
     refuse_gates(net)
+    need_numbers(net)
     eager = copied(net).cpu().eval()
     images = _images(eager, TRACED_BATCH, image_shape)
     _outputs(eager, images)  # a wrong shape is told here, before the exporters tell it at length
@@ -206,7 +209,14 @@ def _images(net: nn.Module, batch: int, image_shape: Sequence[int]) -> Tensor:
     if dtype not in TOLERANCES:
         raise Refused(f"got a net in {dtype}; need float32 or float64; do convert a copy")
     draw = torch.Generator().manual_seed(batch)
-    return torch.randn(batch, *image_shape, generator=draw, dtype=dtype)
+    shape = need_shape(image_shape)
+    try:
+        return torch.randn(batch, *shape, generator=draw, dtype=dtype)
+    except RuntimeError as error:  # torch has no class of its own for memory that is not there
+        raise Refused(
+            f"got image_shape {shape} ({_reason(error)}); need images that fit into memory; "
+            "do take smaller ones"
+        ) from error
 
 
 @torch.no_grad()
@@ -214,7 +224,9 @@ def _outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
     """The output tensors of a net in order. Raises: ValueError if it does not take the images."""
     try:
         output = net(images)
-    except RuntimeError as error:
+    except Refused:
+        raise
+    except UNFIT as error:
         shape = tuple(images.shape[1:])
         raise Refused(
             f"got image_shape {shape} ({_reason(error)}); need one that the net takes; do change it"

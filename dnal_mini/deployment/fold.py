@@ -60,6 +60,7 @@ def deploy(net: nn.Module, image_shape: Sequence[int] | None = None) -> nn.Modul
 
 
 def refuse_gates(net: nn.Module) -> None:
+    """Raises: ValueError for what is no network, or one with gates."""
     if count := len(gates(net)):
         raise Refused(f"got a net with {count} gates; need one without; do prune it first")
 

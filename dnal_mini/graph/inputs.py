@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.layer import CONVS, TRANSPOSED
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_shape
 
 SIDES = (32, 28, 64, 224, 96, 128, 16, 24, 40, 48, 80, 84, 100, 112, 160, 192, 227, 256, 299)
 
@@ -27,11 +27,12 @@ def example_images(
 
     Raises: ValueError, with the forward's own reason, if it does not take an ``image_shape``.
     """
+    shapes = _usual(net) if image_shape is None else [need_shape(image_shape)]
     like = next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(()))
     if like.is_meta:
         return None
     trial = copied(net)
-    for shape in [tuple(image_shape)] if image_shape else _usual(net):
+    for shape in shapes:
         draw = torch.Generator().manual_seed(0)
         images = torch.randn(batch, *shape, generator=draw).to(like)
         try:
@@ -40,7 +41,10 @@ def example_images(
         except Exception as error:  # whatever the user's forward raises on such an image
             if image_shape:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise Refused(f"got image_shape {shape}, which fails: {reason}") from error
+                raise Refused(
+                    f"got image_shape {shape}, which fails: {reason}; need the shape that the net "
+                    "was built for"
+                ) from error
         else:
             return images
     return None

@@ -1,9 +1,11 @@
 """The SS layer: one learnable soft switch per channel. Its ``forward`` is the idea of the book."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+
+from dnal_mini.refused import need_number, need_word
 
 Mode = Literal["off", "soft", "hard"]
 
@@ -34,6 +36,8 @@ class ScaledSigmoid(nn.Module):
 
     def __init__(self, channels: int, threshold: float = 0.5) -> None:
         super().__init__()
+        need_number("channels", channels, 1, whole=True)
+        need_number("threshold", threshold, 0, 1, ends=False)
         self.s = nn.Parameter(torch.zeros(channels))
         self.register_buffer("delta", torch.tensor(1.0))
         self.mode: Mode = "off"
@@ -51,13 +55,10 @@ class ScaledSigmoid(nn.Module):
 
     def gain(self) -> Tensor | None:
         """Factor per channel in the present mode: (channels,), or None when off."""
-        match self.mode:
-            case "off":
-                return None
-            case "soft":
-                return self.p
-            case "hard":
-                return self.is_open.to(self.s)
+        need_word("gate mode", self.mode, get_args(Mode))
+        if self.mode == "off":
+            return None
+        return self.p if self.mode == "soft" else self.is_open.to(self.s)
 
     def forward(self, x: Tensor) -> Tensor:
         gain = self.gain()

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dnal_mini.deployment.export import export, onnx_runner
 from dnal_mini.deployment.fold import deploy
-from dnal_mini.gating import gates, strip_gates
+from dnal_mini.gating import check_gates, gates, strip_gates
 from dnal_mini.graph.copies import copied
 from dnal_mini.measure.cost import cost
 from dnal_mini.measure.latency import interleaved
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_module, need_number, need_numbers, need_word, shown
 
 FORMS = {
     "eager": "as it is",
@@ -121,7 +121,7 @@ def compare(
         >>> [(row["what"], round(row["ratio"], 1)) for row in found.sizes[:2]]
         [('macs', 3.9), ('params', 4.0)]
     """
-    dense, small = (net if isinstance(net, nn.Module) else net.module for net in (dense, small))
+    dense, small = _net_of("dense", dense), _net_of("small", small)
     device = _check(dense, small, batches, forms)
     count = len(gates(dense))
     dense = _without_gates(dense) if count else dense
@@ -143,12 +143,23 @@ def compare(
     return Comparison(sizes, rows, words, device, torch.get_num_threads())
 
 
+def _net_of(name: str, given: nn.Module | HasModule) -> nn.Module:
+    """The network, or the one that is held. Raises: ValueError if there is none."""
+    net: Any = given if isinstance(given, nn.Module) else getattr(given, "module", given)
+    need_module(net, name)
+    return net
+
+
 def _check(dense: nn.Module, small: nn.Module, batches: Sequence, forms: Sequence[str]) -> str:
     """Refuse what cannot be compared; returns the device that both nets are on."""
-    if unknown := [form for form in forms if form not in FORMS]:
-        raise Refused(f"got form {unknown[0]!r}; need one of {', '.join(FORMS)}")
-    if not batches or not forms:
-        raise Refused(f"got batches {batches!r}, forms {forms!r}; need at least one of each")
+    for name, given in (("batches", batches), ("forms", forms)):
+        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+            raise Refused(f"got {name} {shown(given)}; need a tuple of at least one")
+    for form in forms:
+        need_word("form", form, FORMS)
+    for batch in batches:
+        need_number("batch", batch, 1, whole=True)
+    check_gates(dense)
     if count := len(gates(small)):
         raise Refused(
             f"got a small net with {count} gates: it is masked, not pruned, and saves nothing; "
@@ -158,6 +169,7 @@ def _check(dense: nn.Module, small: nn.Module, batches: Sequence, forms: Sequenc
     devices = {str(tensor.device) for tensor in tensors}
     if len(devices) > 1:
         raise Refused(f"got nets on {' and '.join(sorted(devices))}; need one device; move one")
+    need_numbers(dense, "dense")
     return devices.pop() if devices else "cpu"
 
 

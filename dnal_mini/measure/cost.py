@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.outputs import tensors_in
-from dnal_mini.refused import Refused
+from dnal_mini.refused import UNFIT, Refused, line_of, need_module, need_number, need_shape
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.GroupNorm, nn.LayerNorm)
 
@@ -222,14 +222,14 @@ def layer_row(name: str, layer: nn.Module, output: torch.Size) -> dict[str, int 
 
 def random_images(net: nn.Module, image_shape: Sequence[int], batch: int = 1) -> Tensor:
     """Random images on the device and in the dtype of the net."""
-    shape = tuple(image_shape)
-    if not shape or not all(isinstance(size, int) and size > 0 for size in shape):
-        raise Refused(
-            f"got image_shape {image_shape!r}; need positive ints, such as channels, height, width"
-        )
-    if not isinstance(batch, int) or batch < 1:
-        raise Refused(f"got batch {batch!r}; need an int of at least 1")
-    images = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
+    need_module(net)
+    shape = need_shape(image_shape)
+    need_number("batch", batch, 1, 10**9, whole=True)
+    try:
+        images = torch.rand(batch, *shape, generator=torch.Generator().manual_seed(0))
+    except RuntimeError as error:  # torch has no class of its own for memory that is not there
+        got = f"got batch {batch} of image_shape {shape} ({line_of(error)})"
+        raise Refused(f"{got}; need images that fit into memory; do take less") from error
     return images.to(like(net))
 
 
@@ -243,13 +243,12 @@ def output_of(net: nn.Module, images: Tensor) -> Any:
     """The net's output; a shape that it cannot take becomes a ValueError."""
     try:
         return net(images)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Refused):
         raise
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
+    except UNFIT as error:
         raise Refused(
-            f"got image_shape {tuple(images.shape[1:])}, which the net cannot take ({reason}); "
-            "need the shape it was built for"
+            f"got image_shape {tuple(images.shape[1:])}, which the net cannot take "
+            f"({line_of(error)}); need the shape it was built for, and a forward of images alone"
         ) from error
 
 

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.copies import copied
 from dnal_mini.measure.cost import like, output_of, random_images
-from dnal_mini.refused import Refused
+from dnal_mini.refused import need_number, need_numbers
+
+MOST_SECONDS = 1e6  # that a measurement may take: eleven days
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,12 @@ def interleaved(
 
     Raises: ValueError for a budget of no seconds or no repetition.
     """
-    if not budget_s > 0 or min_repeats < 1:
-        raise Refused(f"got budget_s {budget_s}, min_repeats {min_repeats}; need both above 0")
+    need_number("budget_s", budget_s, 0, MOST_SECONDS, ends=False)
+    need_number("min_repeats", min_repeats, 1, whole=True)
     passes = []
     with ExitStack() as stack:
         for net in nets:
+            need_numbers(net)
             images = random_images(net, image_shape, batch)
             if channels_last:  # a copy: the caller's parameters keep their memory format
                 net = copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

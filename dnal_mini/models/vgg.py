@@ -10,12 +10,13 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from dnal_mini.refused import Refused
+from dnal_mini.refused import LARGEST_SIDE, need_number
 
 # Output channels of the 3x3 convolutions; "M" halves height and width.
 LAYOUT = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
 HIDDEN = 512  # units of the hidden linear layer
 GAMMA = 0.5  # scale of every BatchNorm2d at the start
+TINY, WIDEST = 1e-12, 64  # of what a width may be
 SHRINK = 2 ** LAYOUT.count("M")  # 32 x 32 pixels become 2 x 2
 
 
@@ -84,20 +85,14 @@ def vgg16(num_classes: int = 10, width: float = 1.0, image_size: int = 32) -> VG
         14.99 M parameters, 313.46 M MACs, 0.524 MB of activations at the peak
     """
     check_arguments(num_classes, width)
-    if not isinstance(image_size, int) or image_size < SHRINK:
-        raise Refused(
-            f"got image_size {image_size!r}; need an int of at least {SHRINK}, since four pools "
-            "halve the image; enlarge the images"
-        )
+    need_number("image_size", image_size, SHRINK, LARGEST_SIDE, whole=True)  # four pools halve it
     return VGG16(num_classes, width, image_size)
 
 
 def check_arguments(num_classes: int, width: float) -> None:
     """Raise a ValueError if a network of this width and class count cannot be built."""
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise Refused(f"got num_classes {num_classes!r}; need an int of at least 1")
-    if not isinstance(width, int | float) or not math.isfinite(width) or width <= 0:
-        raise Refused(f"got width {width!r}; need a finite number above 0; 1.0 is full width")
+    need_number("num_classes", num_classes, 1, 10**6, whole=True)
+    need_number("width", width, TINY, WIDEST)
 
 
 def scaled(channels: int, width: float) -> int:

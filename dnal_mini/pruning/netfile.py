@@ -21,8 +21,9 @@ from dnal_mini.graph.copies import copied
 from dnal_mini.pruning.oldformats import renewed
 from dnal_mini.pruning.plan import Report
 from dnal_mini.pruning.pruner import FORMAT, Pruned, outputs
+from dnal_mini.pruning.spec import check
 from dnal_mini.pruning.surgery import operate
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, line_of, need_callable, need_module, need_path, shown
 
 PARTS = {"config", "image_shape", "modules", "report", "certificate"}  # of a spec of any format
 
@@ -49,7 +50,9 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
     """
     from safetensors.torch import save as as_bytes
 
-    path = Path(path)
+    path = need_path(path)
+    if not isinstance(small, Pruned):
+        raise Refused(f"got {shown(small)}; need what prune() or load() returns; do prune first")
     if not path.parent.is_dir() or (path.exists() and not path.is_file()):
         what = "which is no regular file" if path.exists() else "in a folder that is not there"
         raise Refused(f"got {path}, {what}; need a file name in a folder; do make or change it")
@@ -91,20 +94,31 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
         >>> print(dnal.cost(small.module))
         236.56 k parameters, 5.09 M MACs, 0.0655 MB of activations at the peak
     """
-    path = Path(path)
+    path = need_path(path)
+    need_callable("build", build)
     spec, tensors = _contents(path)
     module = build(**_arguments(build, spec["config"] or {}))
+    need_module(module, "what build() gives:")
     strip_gates(module)
     module, spec, tensors = renewed(module, spec, tensors)
     asked = spec.pop("probe", None)
     operate(module, spec)
+    for name, tensor in module.state_dict().items():
+        own, other = (isinstance(t, Tensor) and t.is_floating_point()
+                      for t in (tensor, tensors.get(name, tensor)))  # fmt: skip
+        if own != other:
+            raise _wrong(path, f" whose {name} is {tensors[name].dtype}, not {tensor.dtype}")
     try:
         module.load_state_dict(tensors | spec.pop("extra_state", {}))
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise Refused(f"got {path} of another net than build() gives ({reason})") from error
+        raise _wrong(path, f" of another net than build() gives ({reason})") from error
     _ask(module, spec["image_shape"], asked, path)
     return Pruned(module, spec, Report(**spec["report"]), spec["certificate"]["absolute"])
+
+
+def _wrong(path: Path, what: str) -> Refused:
+    return Refused(f"got {path}{what}; need a file as save() wrote it; do save the net again")
 
 
 def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -115,34 +129,40 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"got {path}, which is not there; need a file that save() wrote")
+    if not path.is_file():
+        raise _wrong(path, ", which is no regular file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise Refused(f"got {path}, cut short or damaged ({error}); save it again") from error
+        raise _wrong(path, f", cut short or damaged ({error})") from error
     text = metadata.get("dnal_mini")
     if text is None:
-        raise Refused(f"got {path} without a dnal_mini spec; need a file that save() wrote")
+        raise _wrong(path, " without a dnal_mini spec")
     try:
         spec = json.loads(text)
-    except ValueError as error:
-        raise Refused(f"got {path} with a damaged spec ({error}); save it again") from error
+        if not isinstance(spec, dict):
+            raise Refused("no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise _wrong(path, f" with a damaged spec ({line_of(error)})") from error
     digest = metadata.get("sha256")  # of older files
     if digest is None:
         digest = spec.pop("sha256", None)
         text = json.dumps(spec, sort_keys=True)
     if digest != _digest(text, tensors):
-        raise Refused(f"got {path}, edited since it was saved (checksum differs); save it again")
-    if (version := spec.get("format")) not in range(1, FORMAT + 1):
+        raise _wrong(path, ", edited since it was saved (checksum differs)")
+    version = spec.get("format")
+    if type(version) is not int or version not in range(1, FORMAT + 1):
         raise Refused(
             f"got {path} of format {version}; need 1 to {FORMAT}; install a later dnal-mini"
         )
     parts = PARTS | ({"keep", "probe"} if version == FORMAT else set())
     if missing := sorted(parts - set(spec)):
-        raise Refused(f"got {path} whose spec lacks {', '.join(missing)}; save it again")
+        raise _wrong(path, f" whose spec lacks {', '.join(missing)}")
+    check(spec, path)
     return spec, tensors
 
 
@@ -173,7 +193,7 @@ def _ask(net: nn.Module, image_shape: list[int], asked: dict[str, Any] | None, p
         found = probe(net, image_shape, asked["seed"] if asked else 0)
     except (RuntimeError, IndexError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise Refused(f"got {path} whose net cannot run ({reason}); save it again") from error
+        raise _wrong(path, f" whose net cannot run ({reason})") from error
     expected = asked["outputs"] if asked else found
     apart = 0.0 if len(found) == len(expected) else 1.0
     for a, b in zip(expected, found, strict=False):
@@ -188,9 +208,17 @@ def _ask(net: nn.Module, image_shape: list[int], asked: dict[str, Any] | None, p
 
 
 def _arguments(build: Callable, config: dict[str, Any]) -> dict[str, Any]:
-    """The stored keyword arguments that ``build`` takes."""
-    known = inspect.signature(build).parameters
-    return {name: value for name, value in config.items() if name in known}
+    """The stored keyword arguments that ``build`` takes. Raises: ValueError if it needs others."""
+    signature = inspect.signature(build)
+    given = {name: value for name, value in config.items() if name in signature.parameters}
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise Refused(
+            f"got a build that wants more than the file says ({error}); need a function of "
+            f"({', '.join(config)}); do fill in the others, by functools.partial"
+        ) from error
+    return given
 
 
 def _digest(text: str, tensors: dict[str, Tensor]) -> str:

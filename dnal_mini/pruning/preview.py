@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dnal_mini.gating import add_gates, gates
+from dnal_mini.gating import add_gates, check_gates, gates
+from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.copies import copied
+from dnal_mini.measure.cost import output_of, random_images
 from dnal_mini.pruning.facts import REASONS, ZERO, Analysis, Keeps
 from dnal_mini.pruning.foldgates import drop_and_tell
 from dnal_mini.pruning.pruner import settled
 from dnal_mini.pruning.weights import WEIGHTS
+from dnal_mini.refused import need_numbers
 
 # Why a closed channel stays: what a row says, what the summary says of one layer and of more.
 WHY = {
@@ -71,7 +74,10 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
         0             8  goes
         2             5  stays: no gate, nothing closes it
     """
-    gated = copied(net) if gates(net) else _gated(net, image_shape)
+    need_numbers(net)
+    with evaluating(net):  # tells what the net does not take
+        output_of(net, random_images(net, image_shape))
+    gated = copied(net) if check_gates(net) else _gated(net, image_shape)
     every, left = gates(gated).values(), {}
     if any(bool(gate.s.any()) for gate in every):
         found, keeps = _settled(gated, image_shape)

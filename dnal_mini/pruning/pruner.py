@@ -10,13 +10,13 @@ import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from dnal_mini.deployment.fold import deploy
-from dnal_mini.gating import gates, set_gates
+from dnal_mini.gating import check_gates, gates, set_gates
 from dnal_mini.graph.copies import copied
 from dnal_mini.layers.mixed import parts
 from dnal_mini.measure.cost import cost
@@ -29,7 +29,7 @@ from dnal_mini.pruning.plan import Report, plan
 from dnal_mini.pruning.prepare import images, prepare, tensors_of
 from dnal_mini.pruning.surgery import operate, write_numbers
 from dnal_mini.pruning.trial import follows, stubborn
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_number, need_numbers, need_word
 
 Residual = Literal["scatter", "tie"]
 
@@ -99,10 +99,10 @@ def prune(
         >>> round(dnal.cost(gated).macs / dnal.cost(small.module).macs, 1), small.certificate < 1e-8
         (3.8, True)
     """
-    _check_options(residual, min_channels, round_to)
+    _check_options(residual, min_channels, round_to, absorb, max_gap)
     _check_gates(net, absorb, max_gap)
     _check_numbers(net)
-    exact = _decided(net, absorb)
+    dense, exact = _cost(net, image_shape), _decided(net, absorb)  # cost: tells a wrong shape
     small, tables, report = cut_net(exact, image_shape, residual, min_channels, round_to, absorb)
     trials = certified(exact, small, image_shape)
     small.to(_dtype(net))
@@ -115,7 +115,7 @@ def prune(
         **tables,
         "certificate": _summary(trials, exact.to(_dtype(net)), small, image_shape),
         "trials": [asdict(trial) | {"image_shape": list(trial.image_shape)} for trial in trials],
-        "cost": {"dense": _cost(net, image_shape), "pruned": _cost(small, image_shape)},
+        "cost": {"dense": dense, "pruned": _cost(small, image_shape)},
         "report": vars(report),
     }
     return Pruned(small, spec, report, spec["certificate"]["absolute"])
@@ -198,11 +198,15 @@ def _dtype(net: nn.Module) -> torch.dtype:
     return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
-def _check_options(residual: str, min_channels: int, round_to: int) -> None:
-    if residual not in ("scatter", "tie"):
-        raise Refused(f"got residual {residual!r}; need 'scatter' or 'tie'")
-    if min_channels < 1 or round_to < 1:
-        raise Refused(f"got min_channels {min_channels}, round_to {round_to}; need at least 1")
+def _check_options(
+    residual: str, min_channels: int, round_to: int, absorb: bool, max_gap: float
+) -> None:
+    need_word("residual", residual, get_args(Residual))
+    need_number("min_channels", min_channels, 1, whole=True)
+    need_number("round_to", round_to, 1, whole=True)
+    need_number("max_gap", max_gap, 0, 1)
+    if not isinstance(absorb, bool):
+        raise Refused(f"got absorb {absorb!r}; need True or False")
 
 
 def _check_numbers(net: nn.Module) -> None:
@@ -227,7 +231,8 @@ def _check_numbers(net: nn.Module) -> None:
 
 def _check_gates(net: nn.Module, absorb: bool, max_gap: float) -> None:
     """Raises: ValueError for gates that were never trained, or are not yet switches."""
-    every = gates(net)
+    need_numbers(net)
+    every = check_gates(net)
     if every and all(bool((gate.s == 0).all()) for gate in every.values()):
         raise Refused("got gates that all have s = 0; need trained gates: run the arch stage")
     for name, gate in every.items():

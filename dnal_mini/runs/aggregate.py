@@ -15,6 +15,7 @@ from dnal_mini.config import MEANS, SearchConfig
 from dnal_mini.methods import METHODS
 from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
+from dnal_mini.runs.rows import need_fields
 from dnal_mini.runs.tables import COLUMNS_OF_A_SCREEN, format_table, results_table, summary
 
 Row = runlog.Row
@@ -37,6 +38,9 @@ HEAD = (
 )
 
 
+JUDGED = ("fine_tuned_accuracy", "macs", "params")  # of a result, in every table
+
+
 USUAL = {"optimisation": "sequential", "method": "dnal", "tuned_from": "pruned"}
 
 
@@ -48,6 +52,10 @@ def _finished(records: Iterable[Record]) -> Iterator[list[Row]]:
     for record in records:
         rows = record if isinstance(record, list) else runlog.read(record)
         if summary(rows)["finished"]:
+            need_fields(rows[0], "config")
+            need_fields(next(row for row in rows[::-1] if row["kind"] == "result"), *JUDGED)
+            for row in runlog.epochs(rows):
+                need_fields(row, "seconds")
             yield rows
 
 
@@ -91,7 +99,7 @@ def seeds_table(records: Iterable[Record], markdown: bool = True) -> str:
     for group in by_settings(records):
         cells = []
         for name, (_, form) in QUANTITIES.items():
-            if group[0][name] is None:  # a joint run has no dense network
+            if any(run[name] is None for run in group):  # a joint run has no dense network
                 cells.append("-")
                 continue
             mean, deviation = spread([run[name] for run in group])
@@ -135,7 +143,7 @@ def training_seconds(
             median = statistics.median(row["seconds"] for row in stages[stage])
             for row in stages[stage]:
                 content = {name: row[name] for name in row if name != "taken_over"}
-                key = json.dumps([rows[0]["config"]["seed"], content], sort_keys=True)
+                key = json.dumps([rows[0]["config"].get("seed"), content], sort_keys=True)
                 seconds = median if typical else row["seconds"]
                 singly += seconds
                 if row.get("taken_over"):
@@ -217,7 +225,7 @@ def headline(records: Iterable[Record]) -> str:
     found = []
     for group in by_settings(records):
         kept = statistics.mean(run["macs_kept"] for run in group)
-        if group[0]["dense_accuracy"] is None:
+        if any(run["dense_accuracy"] is None for run in group):
             continue
         gain = statistics.mean(r["fine_tuned_accuracy"] - r["dense_accuracy"] for r in group)
         found.append((kept, gain, group))
@@ -286,6 +294,7 @@ def _ended(rows: list[runlog.Row]) -> bool:
 def _outcome(rows: list[runlog.Row]) -> dict[str, float]:
     """What a finished run is judged by, from its last row."""
     last = rows[-1]
+    need_fields(last, "fine_tuned_accuracy", "hard_accuracy", "macs")
     return {
         "accuracy": last["fine_tuned_accuracy"],
         "hard_accuracy": last["hard_accuracy"],

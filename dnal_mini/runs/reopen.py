@@ -28,8 +28,10 @@ def settings_in(folder: Path) -> SearchConfig:
     """
     path = folder / "config.json"
     try:
+        if path.exists() and not path.is_file():  # to open a pipe would wait for ever
+            raise Refused("no regular file")
         stored = upgraded(dict(json.loads(path.read_bytes())))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise Refused(f"got {path} ({error}); need a run's settings; do start it anew") from None
     config = SearchConfig.of(stored)
     if told := recorded(folder).get("config"):

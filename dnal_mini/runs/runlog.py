@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import pandas
 
 from dnal_mini.config import upgraded
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_path, shown
+from dnal_mini.runs.rows import need_fields, wrong_field
 from dnal_mini.training.stage import Row
 
 FORMAT = 2
@@ -92,10 +93,15 @@ class RunLog:
 def _parsed(line: bytes) -> Row | None:
     """The row that a line holds, or None if it holds no row."""
     try:
-        row = json.loads(line)
-    except ValueError:  # JSONDecodeError and UnicodeDecodeError both are
+        row = json.loads(line, parse_constant=_no_number)
+    except (ValueError, RecursionError):  # JSONDecodeError and UnicodeDecodeError both are
         return None
     return row if isinstance(row, dict) and isinstance(row.get("kind"), str) else None
+
+
+def _no_number(word: str) -> None:
+    """NaN and Infinity: ``plain`` writes neither. Raises: ValueError."""
+    raise Refused(f"got {word}; need a number")
 
 
 def _sum(row: Row) -> str:
@@ -124,7 +130,7 @@ def read(path: str | Path) -> list[Row]:
     Raises: FileNotFoundError if there is none; ValueError for a line that is no row or no longer
     the one that was written, or a record of another format.
     """
-    path = Path(path)
+    path = need_path(path, "record")
     if path.is_dir():
         path = path / FILE_NAME
     if not path.is_file():
@@ -161,11 +167,22 @@ def read(path: str | Path) -> list[Row]:
         )
     if isinstance(first.get("config"), dict):
         first["config"] = upgraded(first["config"])
+    for number, row in enumerate(rows, start=1):
+        if name := wrong_field(row):
+            raise Refused(
+                f"got {name} {shown(row.get(name))} in line {number} of {path}; need what dnal run "
+                "writes there; do restore the file, or start the run again in a new folder"
+            )
     return rows
 
 
 def rows_of(rows_or_path: list[Row] | str | Path) -> list[Row]:
-    return rows_or_path if isinstance(rows_or_path, list) else read(rows_or_path)
+    if not isinstance(rows_or_path, list):
+        return read(rows_or_path)
+    for row in rows_or_path:
+        if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+            raise Refused(f"got row {shown(row)}; need a dict with its kind; do read() a record")
+    return rows_or_path
 
 
 def epochs(rows_or_path: list[Row] | str | Path) -> list[Row]:
@@ -173,6 +190,7 @@ def epochs(rows_or_path: list[Row] | str | Path) -> list[Row]:
     latest: dict[tuple[str, int], Row] = {}
     for row in rows_of(rows_or_path):
         if row["kind"] == "epoch":
+            need_fields(row, "stage", "epoch")
             latest[row["stage"], row["epoch"]] = row
     return list(latest.values())
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dnal_mini.refused import Refused
+from dnal_mini.runs.rows import need_fields
 from dnal_mini.runs.runlog import Row, epochs, rows_of
 
 COLUMNS_OF_A_SCREEN = 80
@@ -31,6 +32,8 @@ def summary(rows_or_path: list[Row] | str | Path) -> Row:
     run, config = rows[0], rows[0].get("config", {})
     last = (epochs(rows) or [{}])[-1]
     result = next((row for row in reversed(rows) if row["kind"] == "result"), {})
+    if result:
+        need_fields(result, "macs", "params")
     found = {key: config.get(key) for key in ASKED}
     found |= {key: last.get(key) for key in ("stage", "epoch", "epochs")}
     found |= {"finished": bool(result), "device": run.get("device"), "commit": run.get("commit")}
@@ -43,7 +46,7 @@ def summary(rows_or_path: list[Row] | str | Path) -> Row:
         dense, pruned = result.get(unit, (None, None))
         found |= {f"{unit}_dense": dense, f"{unit}_pruned": pruned}
         found[f"{unit}_kept"] = _ratio(pruned, dense)
-    times = result.get("latency_s", {})
+    times = result.get("latency_s") or {}
     dense, pruned = (times.get(net, {}).get("median_s") for net in ("dense", "pruned"))
     found |= {"latency_dense_s": dense, "latency_pruned_s": pruned}
     return found | {"latency_batch": times.get("batch"), "speedup": _ratio(dense, pruned)}
@@ -207,6 +210,8 @@ def epoch_line(row: Row) -> str:
 def epochs_table(rows_or_path: list[Row] | str | Path, markdown: bool = False) -> str:
     """One line per finished epoch; a dash where a stage has no such figure."""
     found = epochs(rows_or_path)
+    for row in found:
+        need_fields(row, "epochs")
     fields = [entry for entry in EPOCH_FIELDS if any(entry[1] in row for row in found)]
     body = [
         [

@@ -29,7 +29,7 @@ from dnal_mini.runs.signals import asked_to_stop
 from dnal_mini.search.answer import answer
 from dnal_mini.search.budget import impose, nearest, share_of
 from dnal_mini.search.floors import collapse_floors, keep_alive
-from dnal_mini.search.inputs import Data, Inputs, inputs, on_device, placed, settled
+from dnal_mini.search.inputs import Data, Inputs, check_call, inputs, on_device, placed, settled
 from dnal_mini.search.price import price_for
 from dnal_mini.search.stages import dense_baseline, fine_tune, run_stage, weight_stage
 from dnal_mini.search.widths import architecture, built
@@ -82,6 +82,7 @@ def run(
         >>> dnal.run(config, out="runs/toy") == result  # finished: it is only read
         True
     """
+    check_call(config, out, progress, on_row, until)
     config = settled(config, net, data)
     if result := answer(config, Path(out), net, data):
         return result

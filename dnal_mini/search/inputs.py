@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import DataLoader
 
-from dnal_mini.config import PATHS, SearchConfig
+from dnal_mini.config import PATHS, SearchConfig, need_config
 from dnal_mini.data.imageset import ImageSet, Split, carve
 from dnal_mini.data.loaders import LoaderPart, checked, loaded_set, repeatable
 from dnal_mini.data.sources import cifar10, digits, image_folder, toy_images
@@ -25,7 +25,7 @@ from dnal_mini.methods.contract import Scorer, Subject, Widther
 from dnal_mini.models import MODELS, cannot_restart
 from dnal_mini.models.builders import build_named, is_builder, takes
 from dnal_mini.pruning.preview import analyse
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_callable, need_folder, need_module, need_word
 from dnal_mini.runs.identity import class_of, net_of
 from dnal_mini.training.devices import pick_device, processes
 from dnal_mini.training.loop import steps_of
@@ -47,6 +47,20 @@ class Inputs:
     net_is: Row | None = None
 
 
+def check_call(
+    config: SearchConfig, out: str | Path, progress: object, on_row: object, until: str | None
+) -> None:
+    """Raises: ValueError for arguments of ``driver.run`` of another kind."""
+    need_config(config)
+    need_folder(out, "out")
+    if until is not None:
+        need_word("until", until, ("weights", "gates"))
+    if progress is not None:
+        need_callable("progress", progress, "steps", "text")
+    if on_row is not None:
+        need_callable("on_row", on_row, "row")
+
+
 def settled(config: SearchConfig, net: nn.Module | None = None, data: Data = None) -> SearchConfig:
     """The config with absolute paths, and with what a given net and given images bring themselves.
 
@@ -55,8 +69,7 @@ def settled(config: SearchConfig, net: nn.Module | None = None, data: Data = Non
     """
     told: dict[str, Any] = {}
     if net is not None:
-        if not isinstance(net, nn.Module):
-            raise Refused(f"got net, a {type(net).__name__}; need an nn.Module; do call its class")
+        need_module(net)
         if any(isinstance(tensor, UninitializedParameter) for tensor in net.parameters()):
             raise Refused("got a net with lazy layers; need their shapes; do run it on a batch")
         told |= {"model": class_of(net), "width": 1.0}

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -24,9 +24,9 @@ from typing import Any, Literal
 
 import torch
 
-from dnal_mini.config import MEANS, Budget, SearchConfig, upgraded
+from dnal_mini.config import MEANS, Budget, SearchConfig, need_config, upgraded
 from dnal_mini.methods import METHODS
-from dnal_mini.refused import Refused
+from dnal_mini.refused import Refused, need_folder, need_name, need_number, need_word, shown
 from dnal_mini.runs import runlog
 from dnal_mini.runs.signals import terminable
 from dnal_mini.search import driver
@@ -34,18 +34,11 @@ from dnal_mini.search.answer import answer
 from dnal_mini.search.inputs import settled
 
 Row = runlog.Row
-
-
 OnRow = Callable[[str, Row], None]
-
-
 Start = Callable[["Job"], "Future[str]"]
-
-
 Place = Callable[[int, OnRow | None], AbstractContextManager[Start]]
-
-
 FILE_NAME = "sweep.json"
+MOST_JOBS = 1024  # processes that one machine may be asked for
 
 
 FOLDERS = {"gate_price": "price", "budget.macs": "target"}  # others: as they are called
@@ -103,15 +96,12 @@ def sweep(
     another sweep or something else. A failed run does not raise, and does not stop the others.
     KeyboardInterrupt (Ctrl-C, SIGTERM) goes through when the runs have ended a step and saved.
     """
-    if jobs < 1:
-        raise Refused(f"got jobs {jobs}; need 1 or more; do give the number of runs at a time")
-    if config.devices * config.num_nodes > 1:
-        raise Refused(
-            f"got {config.devices} devices on {config.num_nodes} machines for each run of a sweep; "
-            "need 1; do fill them with several runs: --jobs or --ray"
-        )
-    asked = plan(config, values, seeds, Path(out).absolute(), field)
-    _remember(Path(out), config, [run for job in asked for run in job.then or (job,)])
+    out = need_folder(out, "out")
+    _check_call(config, values, seeds, field, jobs)
+    if ray is not None:
+        _ray()  # told before anything is written
+    asked = plan(config, values, seeds, out.absolute(), field)
+    _remember(out, config, [run for job in asked for run in job.then or (job,)])
     todo = deque(left for job in asked if (left := _unfinished(job)))
     failed: dict[str, str] = {}
     running: dict[Future[str], Job] = {}
@@ -134,6 +124,26 @@ def sweep(
                 else:
                     todo.extendleft(reversed(job.then))  # a seed's runs before the next seed
     return failed
+
+
+def _check_call(
+    config: SearchConfig, values: Sequence[float], seeds: Sequence[int], field: str, jobs: int
+) -> None:
+    """Raises: ValueError for arguments of another kind, or runs of several devices each."""
+    need_config(config)
+    strengths = {method.strength for method in METHODS.values() if method.strength}
+    need_word("field", field, [*strengths, *(f"budget.{each.name}" for each in fields(Budget))])
+    for name, given, whole in ((field, values, False), ("seed", seeds, True)):
+        if not isinstance(given, Sequence) or isinstance(given, str):
+            raise Refused(f"got {name} {shown(given)}; need a list")
+        for value in given:
+            need_number(name, value, whole=whole)
+    need_number("jobs", jobs, 1, MOST_JOBS, whole=True)
+    if config.devices * config.num_nodes > 1:
+        raise Refused(
+            f"got {config.devices} devices on {config.num_nodes} machines for each run of a sweep; "
+            "need 1; do fill them with several runs: --jobs or --ray"
+        )
 
 
 def plan(
@@ -178,9 +188,14 @@ def runs(folder: str | Path) -> list[Path]:
 
 def _asked(out: Path) -> dict[str, Any]:
     try:
+        if not (out / FILE_NAME).is_file():
+            raise Refused("no regular file")
         asked = json.loads((out / FILE_NAME).read_bytes())
+        for name in asked["runs"]:
+            for part in name.split("/"):
+                need_name("run", part)
         return {"config": dict(asked["config"]), "runs": list(asked["runs"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(
             f"got {out / FILE_NAME}, which cannot be read ({error}); need what dnal sweep wrote; "
             "do remove it and type the sweep's command again"
@@ -336,15 +351,20 @@ def _child() -> None:
         os._exit(130)  # without a word: whoever stopped it says so
 
 
-@contextmanager
-def _on_ray(address: str, jobs: int, on_row: OnRow | None) -> Iterator[Start]:
-    """Every job a task of a Ray cluster, which decides where it runs and repeats it if need be."""
+def _ray() -> Any:
+    """The package. Raises: ValueError if it is not installed."""
     try:
-        ray = import_module("ray")
+        return import_module("ray")
     except ImportError as error:
         raise Refused(
             f"got no package ray ({error}); need it for --ray; do pip install dnal-mini[ray]"
         ) from None
+
+
+@contextmanager
+def _on_ray(address: str, jobs: int, on_row: OnRow | None) -> Iterator[Start]:
+    """Every job a task of a Ray cluster, which decides where it runs and repeats it if need be."""
+    ray = _ray()
     ours = not ray.is_initialized()
     if ours:
         ray.init(address=address or None)

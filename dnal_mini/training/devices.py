@@ -31,7 +31,7 @@ def pick_device(name: str) -> torch.device:
     """
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # which "meta" cannot tell
     except (RuntimeError, AssertionError) as error:
         raise Refused(f"got device {name!r}, which is not here; need e.g. 'cpu'") from error
     return device

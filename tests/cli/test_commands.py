@@ -150,7 +150,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         ("sweep --gate-price 1e-3 --seed", ["no seed"]),
         ("sweep --gate-price 1e-3 --seed 1 5 1", ["seed 1 twice"]),
         ("sweep --gate-price 1e-3 --seed 0.5", ["seed '0.5'", "need int"]),
-        ("sweep --gate-price 1e-3 --jobs 0", ["jobs 0", "1 or more"]),
+        ("sweep --gate-price 1e-3 --jobs 0", ["jobs 0", "at least 1"]),
         ("sweep --gate-price 1e-3 --jobs", ["--jobs alone"]),
         ("sweep --gate-price 1e-3 --gate 5", ["'gate'", "need gate_price"]),
         ("export", ["nothing to export"]),

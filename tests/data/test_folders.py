@@ -232,9 +232,13 @@ def test_what_may_not_be_read_is_named(folder: Path, place: str):
     assert "Permission denied" in one_line(error)
 
 
-def test_images_that_do_not_fit_into_memory_are_told(folder: Path):
-    with pytest.raises(ValueError, match=r"got 23 images of .*; need memory .* --image-size"):
-        image_folder(folder, image_size=2**31)
+def test_images_that_do_not_fit_into_memory_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(np, "empty", full)
+    with pytest.raises(ValueError, match=r"got 23 images of 6x9 .*; need memory .* --image-size"):
+        image_folder(folder)
 
 
 def test_a_run_is_refused_before_it_begins_for_a_broken_test_image(folder: Path):

@@ -320,9 +320,8 @@ def test_a_side_is_a_height_and_a_width(folder: Path, image_size):
     enlarge("train/bee/03.png")(folder)
     found = image_folder(folder, image_size, val=6)
     assert found.image_shape == found.val.image_shape == found.test.image_shape == (3, 7, 7)
-    with pytest.raises(ValueError, match="got image_size 0") as error:
+    with pytest.raises(ValueError, match="got image_size 0; need an int of at least 1 up to 65536"):
         image_folder(folder, 0)
-    assert "--image-size" in one_line(error)
 
 
 def test_val_holds_the_test_images_where_there_is_no_test(folder: Path):

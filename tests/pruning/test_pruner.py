@@ -650,7 +650,7 @@ BAD: dict[str, tuple] = {
         lambda: gated("vgg16", 0.5), {"image_shape": (3, 5, 5)}, "image_shape",
     ),
     "soft gates": (lambda: soft(own(), 0.1, 0.9), {}, "binarisation gap"),
-    "residual": (own, {"residual": "union"}, "'scatter' or 'tie'"),
+    "residual": (own, {"residual": "union"}, "need one of scatter, tie"),
     "min_channels": (own, {"min_channels": 0}, "min_channels 0"),
     "round_to": (own, {"round_to": -2}, "round_to -2"),
     "untraceable": (lambda: settled(Branches()), {}, "cannot be followed"),

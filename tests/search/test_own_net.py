@@ -353,7 +353,7 @@ def norm_first() -> nn.Module:
 
 
 NETS = {
-    "a class": (lambda: Net, {}, "got net, a type; need an nn.Module"),
+    "a class": (lambda: Net, {}, "; need an nn.Module; do build it first"),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(5, 3)), {}, "lazy layers"),
     "no layer": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(360, 3)), {}, "got no BatchNorm to"),
     "another size": (lambda: nn.Sequential(*no_norm(), nn.Linear(4, 2)), {}, "does not take image"),
