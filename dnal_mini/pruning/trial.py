@@ -39,7 +39,8 @@ def follows(full: nn.Module, cut: nn.Module, inputs: Sequence[Any]) -> Exception
 
 
 def _copies(inputs: Sequence[Any]) -> list[Any]:
-    return [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+    """One image is enough: here it is seen whether a number follows, not how exactly."""
+    return [x[:1].clone() if isinstance(x, Tensor) and x.dim() else x for x in inputs]
 
 
 def stubborn(
