@@ -22,6 +22,7 @@ from dnal_mini.graph.observed import (
     tolerance,
 )
 from dnal_mini.layers.gated_norm import Gated, GatedFirst, GatedLate, put_gate, take_gate
+from dnal_mini.layers.hollow import Hollow
 from dnal_mini.layers.scaled_sigmoid import Mode, ScaledSigmoid
 from dnal_mini.refused import Refused, need_callable, need_module, need_number, need_word
 
@@ -101,9 +102,10 @@ def _sites(net: nn.Module, where: Where | None, images: Tensor | None) -> list[s
     own = getattr(net, "gate_here", None)
     chosen = where or ((lambda name, layer: own(name)) if own else (lambda name, layer: True))
     layers: dict[str, nn.Module]
-    layers = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm)}
+    there = {name: m for name, m in net.named_modules() if not isinstance(m, Hollow)}
+    layers = {name: m for name, m in there.items() if isinstance(m, _BatchNorm)}
     if not layers:
-        layers = {name: m for name, m in net.named_modules() if isinstance(m, CONVS)}
+        layers = {name: m for name, m in there.items() if isinstance(m, CONVS)}
         ends = convolutions_at_the_end(net, _known(images)) if layers else set()
         layers = {name: m for name, m in layers.items() if name not in ends}
     sites = [name for name, layer in layers.items() if chosen(name, layer)]

@@ -13,7 +13,7 @@ from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import example_images
 from dnal_mini.graph.layer import CONVS, NORMS, TRANSPOSED
 from dnal_mini.graph.observed import norms_behind, same
-from dnal_mini.layers.hollow import hollow
+from dnal_mini.layers.hollow import Hollow, hollow
 from dnal_mini.layers.mixed import parts
 from dnal_mini.refused import Refused
 
@@ -69,7 +69,7 @@ def _is_ours(module: Any, kinds: tuple[type, ...], between: str) -> bool:
     """True for a layer of torch's that nothing changes, with no ChannelMap of that role."""
     if parts(type(module))[0] not in kinds or getattr(module, "running_mean", module) is None:
         return False
-    watched = any(getattr(module, hooks) for hooks in HOOKS)
+    watched = isinstance(module, Hollow) or any(getattr(module, hooks) for hooks in HOOKS)
     return not (watched or "forward" in vars(module) or hasattr(module, between))
 
 

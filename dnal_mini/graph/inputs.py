@@ -1,9 +1,11 @@
 """Images for a network that nobody has told the size of."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.copies import copied
@@ -11,6 +13,9 @@ from dnal_mini.graph.layer import CONVS, TRANSPOSED
 from dnal_mini.refused import Refused, need_shape
 
 SIDES = (32, 28, 64, 224, 96, 128, 16, 24, 40, 48, 80, 84, 100, 112, 160, 192, 227, 256, 299)
+
+
+DIMS_OF_NORM: dict[type, int] = {nn.BatchNorm1d: 0, nn.BatchNorm3d: 3}
 
 
 LARGEST = 299**2  # numbers of a channel: no volume of 224 voxels a side is tried
@@ -52,10 +57,13 @@ def example_images(
 
 def _usual(net: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes of one image that the first layer of a net would take."""
-    kinds = (*CONVS, *TRANSPOSED, nn.Linear)
-    first = next((m for m in net.modules() if isinstance(m, kinds)), None)
-    if isinstance(first, nn.Linear):
-        yield (first.in_features,)
-    elif first is not None:
-        dims = len(first.kernel_size)
-        yield from ((first.in_channels, *[s] * dims) for s in SIDES if s**dims <= LARGEST)
+    kinds = (*CONVS, *TRANSPOSED, nn.Linear, _BatchNorm)
+    layer: Any = next((m for m in net.modules() if isinstance(m, kinds)), None)
+    if isinstance(layer, nn.Linear):
+        yield (layer.in_features,)
+    elif layer is not None:
+        norm = isinstance(layer, _BatchNorm)
+        dims = DIMS_OF_NORM.get(type(layer), 2) if norm else len(layer.kernel_size)
+        channels = layer.num_features if norm else layer.in_channels
+        sides = SIDES if dims else SIDES[:1]
+        yield from ((channels, *[s] * dims) for s in sides if s**dims <= LARGEST)

@@ -138,7 +138,7 @@ def norms_behind(net: nn.Module, images: Tensor, layers: Collection[str]) -> dic
         if isinstance(module, _BatchNorm):
 
             def note(norm: nn.Module, args: Any, name: str = name) -> None:
-                read.setdefault(name, []).extend(args[:1])
+                read.setdefault(name, []).append(args[0] if args else None)
 
             module.register_forward_pre_hook(note)
     found: dict[str, str] = {}

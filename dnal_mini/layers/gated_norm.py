@@ -39,8 +39,8 @@ class Gated(Mixed):
 class GatedFirst(Gated):
     """A BatchNorm with a gate in front of it."""
 
-    def forward(self, x: Tensor) -> Any:
-        return super(Gated, self).forward(self.gate(x))  # type: ignore[misc]
+    def forward(self, input: Tensor) -> Any:
+        return super(Gated, self).forward(self.gate(input))  # type: ignore[misc]
 
 
 class GatedLate(Gated):

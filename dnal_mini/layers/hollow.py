@@ -13,14 +13,20 @@ class Hollow(Mixed):
     Its class and attributes go on saying what they said, wherever the user keeps it.
     """
 
-    def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return x
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return (*args, *kwargs.values())[0]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        pass  # a BatchNorm's own would ask for a counter
+
+    def reset_parameters(self) -> None:
+        """There are none."""
 
 
 def hollow(layer: nn.Module) -> nn.Module:
     """Make a layer, or a whole block, a hollow one, in place; returns it."""
-    adopt_inside(layer, Hollow)
     for module in layer.modules():
+        adopt_inside(module, Hollow)
         for tensors in (module._parameters, module._buffers):
             tensors.update(dict.fromkeys(tensors))
     return layer

@@ -16,9 +16,10 @@ class Mapped(Mixed):
     ``gather`` and ``scatter``, where there is one, are modules of the layer. They hold no state.
     """
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x, *more = (*args, *kwargs.values())
         x = self.gather(x) if hasattr(self, "gather") else x
-        x = super().forward(x)  # type: ignore[misc]
+        x = super().forward(x, *more)  # type: ignore[misc]
         return self.scatter(x) if hasattr(self, "scatter") else x
 
 

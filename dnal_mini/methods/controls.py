@@ -84,7 +84,7 @@ def filter_norms(net: nn.Module) -> dict[str, Tensor]:
     norms: dict[str, Tensor] = {}
     last: Any = None
     for name, module in net.named_modules():
-        if isinstance(module, CONVS):
+        if isinstance(module, CONVS) and module.weight is not None:
             last = module
         elif isinstance(module, ScaledSigmoid):
             count = len(module.s)

@@ -81,7 +81,8 @@ def plan(
     full input), {"bias": true} (gets one), {"source", "stride"} (a ChannelMap in its place),
     {"gone"} (nothing in its place), {"num_features"}, {"affine": true}. All names are those of
     the net without gates, where LAYER.gather is a ChannelMap in front of a layer and
-    LAYER.scatter one behind it. ``put_in`` is what ``drop_and_tell`` tells.
+    LAYER.scatter one behind it. ``put_in`` is what ``drop_and_tell`` tells. "in_place", where it
+    is added: the layer that is gone stays where it is, hollow.
     """
     report = Report(notes=list(keeps.notes))
     keep: Tables = {}

@@ -27,7 +27,7 @@ from dnal_mini.pruning.foldgates import drop_and_tell
 from dnal_mini.pruning.keepsets import settle
 from dnal_mini.pruning.plan import Report, plan
 from dnal_mini.pruning.prepare import images, prepare, tensors_of
-from dnal_mini.pruning.surgery import operate, write_numbers
+from dnal_mini.pruning.surgery import Numbers, operate, write_numbers
 from dnal_mini.pruning.trial import follows, stubborn
 from dnal_mini.refused import Refused, need_number, need_numbers, need_word
 
@@ -168,11 +168,15 @@ def settled(
         analysis = facts_of(graph, tensors_of(net))
         keeps = settle(analysis, residual, min_channels, round_to)
         tables, numbers, report = plan(analysis, keeps, put_in)
-        small = copied(net)
-        operate(small, tables)
-        write_numbers(small, numbers)
+        small = _operated(net, tables, numbers)
         if (error := follows(net, small, inputs)) is None:
             return Cut(small, tables, report, analysis, keeps)
+        away = [entry for entry in tables["modules"].values() if entry.keys() & {"gone", "source"}]
+        for entry in away:  # forward code may look at a layer that is gone, or keep it in a list
+            entry["in_place"] = True
+        hollowed = _operated(net, tables, numbers) if away else small
+        if away and follows(net, hollowed, inputs) is None:
+            return Cut(hollowed, tables, report, analysis, keeps)
         before = len(graph.stubborn)
         graph.stubborn.update(stubborn(small, graph, keeps, inputs, error))
         if len(graph.stubborn) == before:
@@ -180,6 +184,14 @@ def settled(
                 f"got a {type(net).__name__} that does not do the same twice ({error}); need one "
                 "whose output depends on its input alone"
             )
+
+
+def _operated(net: nn.Module, tables: dict[str, dict], numbers: dict[str, Numbers]) -> nn.Module:
+    """A cut copy."""
+    small = copied(net)
+    operate(small, tables)
+    write_numbers(small, numbers)
+    return small
 
 
 def _cost(net: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.layer import CONVS, TRANSPOSED
 from dnal_mini.layers.channelmap import ChannelMap
+from dnal_mini.layers.hollow import hollow
 from dnal_mini.layers.mapped import ROLES, put_map
 from dnal_mini.pruning.foldgates import make_affine
 from dnal_mini.refused import Refused
@@ -117,7 +118,13 @@ def _replace(net: nn.Module, name: str, entry: Mapping[str, Any], device: torch.
         new = nn.Identity()
     else:
         return
-    replace_everywhere(net, net.get_submodule(name), new)
+    old = net.get_submodule(name)
+    if "in_place" not in entry:
+        replace_everywhere(net, old, new)
+        return
+    hollow(old)
+    if "source" in entry:
+        put_map(old, "scatter", new)
 
 
 @torch.no_grad()

@@ -61,6 +61,8 @@ def test_a_module_without_a_copy_is_refused():
         (nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(2 * 28 * 28, 3)), (1, 28, 28)),
         (nn.Sequential(nn.ConvTranspose2d(6, 5, 2), nn.BatchNorm2d(5)), (6, 32, 32)),
         (nn.Sequential(nn.Conv2d(1, 2, 1), nn.Flatten(), nn.Linear(2 * 13 * 17, 3)), None),
+        (nn.Sequential(nn.BatchNorm2d(5)), (5, 32, 32)),
+        (nn.Sequential(nn.BatchNorm1d(5), nn.Linear(5, 2)), (5,)),
         (nn.ReLU(), None),
         (nn.Conv2d(4, 5, 3).to("meta"), None),
     ],
