@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from dnal_mini.config import SearchConfig
+from dnal_mini.gating import add_gates
 from dnal_mini.methods.dnal import DNAL
 from dnal_mini.runs import checkpoint, runlog
 from dnal_mini.runs.checkpoint import load_state
@@ -241,3 +244,23 @@ def test_settings_that_no_version_has_are_told(tmp_path):
     path.write_text(path.read_text().replace('"gate_price"', '"gate_prize"'))
     with pytest.raises(ValueError, match="got field 'gate_prize'; need gate_price"):
         settings_in(tmp_path / "run")
+
+
+@pytest.mark.parametrize("order", ["conv-bn-ss-relu", "conv-bn-relu-ss"])
+def test_a_checkpoint_under_older_names_of_gates_and_norms_is_read(tmp_path: Path, order: str):
+    """Older versions had a norm inside a gated one, and a gate behind an activation beside it."""
+    layers = [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 4, 1)]
+    net = add_gates(nn.Sequential(nn.Sequential(*layers)), order)
+    for tensor in net.state_dict().values():
+        tensor.copy_(torch.rand(tensor.shape) * 9)
+    late, old = order == "conv-bn-relu-ss", {}
+    for name, tensor in net.state_dict().items():
+        if ".gate." in name:
+            name = name.replace(".gate.", "_gate.") if late else name
+        elif name.startswith("0.1.") and not late:
+            name = name.replace("0.1.", "0.1.norm.")
+        old[name] = tensor
+    assert old.keys() != net.state_dict().keys()
+    torch.save({"net": old, "epoch": 1}, tmp_path / "old.pt")
+    found = load_state(tmp_path / "old.pt")["net"]
+    torch.testing.assert_close(found, dict(net.state_dict()), rtol=0, atol=0)
