@@ -1,6 +1,6 @@
 """Trains a small net in float64, alone or as one of several processes, and writes what came out.
 
-Run by test_processes.py, with the name of the file to write, by python or by torchrun.
+Run by training/test_devices.py, with the name of the file to write, in a process or by torchrun.
 """
 
 import sys
@@ -26,7 +26,7 @@ def net() -> nn.Module:
     return add_gates(plain).double()
 
 
-def main() -> None:
+def main(out: Path) -> None:
     fabric = start_processes(torch.device("cpu"))
     data = toy_images(train=90, val=33, num_classes=3, image_shape=(3, 12, 10))
     model, losses = net(), []
@@ -44,8 +44,8 @@ def main() -> None:
     accuracy = evaluate(model, data.val, data, feed, batch=10, devices=fabric)
     if fabric is None or fabric.global_rank == 0:
         found = {"losses": losses, "accuracy": accuracy, "net": model.state_dict()}
-        torch.save(found | {"norm": type(model[1]).__name__}, Path(sys.argv[1]))
+        torch.save(found | {"norm": type(model[1]).__name__}, out)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -13,6 +13,7 @@ from dnal_mini.data.imageset import ImageSet
 from dnal_mini.gating import set_gates, weight_parameters
 from dnal_mini.methods.contract import Subject
 from dnal_mini.search.floors import collapse_floors
+from dnal_mini.training.devices import from_first
 from dnal_mini.training.loop import fit, only_training
 from dnal_mini.training.position import Position
 from dnal_mini.training.stage import Row, Session, Stage, Work
@@ -81,30 +82,36 @@ def run_stage(
     """The epochs of one stage, from its last checkpoint on, as rows of a record.
 
     A checkpoint is written before the rows of its epoch, and holds them. Epochs that a crash has
-    taken are trained again, to the same end.
+    taken are trained again, to the same end. One that cannot be written ends every process.
     """
-    folder = session.folder
+    folder, devices = session.folder, session.devices
     with only_training(net, work.trained()):
         optimizer = work.optimizer(stage)
         done, place, rows = folder.restore(stage.name, net, optimizer) if folder else (0, None, [])
         yield from rows
 
+        def save(epoch: int, place: Position | None = None) -> None:
+            state = (stage, epoch, net, optimizer, rows, place)
+            from_first(devices, lambda: folder.checkpoint(*state))
+
         def keep(place: Position) -> None:
-            folder.checkpoint(stage, place.epoch - 1, net, optimizer, rows, place)
+            save(place.epoch - 1, place)
 
         start = place or done + 1
         kept = keep if folder else None
         if folder and not stage.epochs:  # nothing to train: what others go on from is there too
-            folder.checkpoint(stage, 0, net, optimizer)
+            save(0)
         for row in fit(net, data, optimizer, stage, work, session, start, kept):
             measured = work.measure() if work.measure else {}
             row = {"kind": "epoch", "stage": stage.name} | row | measured
             rows = [row, *(work.remark(row) if work.remark else [])]
             last = row["epoch"] == stage.epochs
-            stop = session.devices is None and session.stopping is not None and session.stopping()
-            old = folder is not None and folder.checkpoint_age_s() >= session.checkpoint_s
+            stop = devices is None and session.stopping is not None and session.stopping()
+            old = folder is not None and from_first(
+                devices, lambda: folder.checkpoint_age_s() >= session.checkpoint_s
+            )
             if folder and (last or stop or old or not data.train.seekable):
-                folder.checkpoint(stage, row["epoch"], net, optimizer, rows)
+                save(int(row["epoch"]))
             yield from rows
             if stop and not last:
                 raise KeyboardInterrupt(f"stopped after epoch {row['epoch']}")

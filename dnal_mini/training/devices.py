@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Precision = Literal["auto", "float32", "bfloat16", "float64"]
 
 
-ASK_EVERY = 8  # steps between two agreements of many processes on stopping
+ASK_EVERY = 8  # steps between two agreements of many processes on stopping and saving
 
 
 def pick_device(name: str) -> torch.device:
@@ -131,20 +131,28 @@ def share_of_batch(batch: int, fabric: "Fabric | None") -> slice:
 
 
 def mean_over_processes(values: Tensor, fabric: "Fabric | None") -> Tensor:
-    if fabric:
-        distributed.all_reduce(values)
-        values = values / fabric.world_size
-    return values
-
-
-def agreed(stopping: Callable[[], bool] | None, step: int, fabric: "Fabric | None") -> bool:
-    """True once any process wants to stop; many processes ask each other every few steps."""
-    if stopping is None:
-        return False
+    """The mean of a tensor over all processes, to the same bit in each."""
     if fabric is None:
-        return stopping()
+        return values
+    every = [torch.empty_like(values) for _ in range(fabric.world_size)]
+    distributed.all_gather(every, values.contiguous())
+    return torch.stack(every).mean(0)  # an all_reduce adds in an order that depends on the size
+
+
+def agreed(
+    stopping: Callable[[], bool] | None, late: bool, step: int, fabric: "Fabric | None"
+) -> tuple[bool, bool]:
+    """Whether to stop, and whether to save: one answer in every process.
+
+    Many processes ask each other every ``ASK_EVERY`` steps, since an answer has to wait for the
+    device: any of them may want to stop, and the first one's clock says whether it is ``late``.
+    """
+    stop = stopping is not None and stopping()
+    if fabric is None:
+        return stop, late
     if (step + 1) % ASK_EVERY:
-        return False
-    flag = torch.tensor(float(stopping()), device=fabric.device)
-    distributed.all_reduce(flag)
-    return bool(flag)
+        return False, False
+    flags = torch.tensor([stop, late and fabric.global_rank == 0], device=fabric.device).float()
+    distributed.all_reduce(flags)
+    stop, late = (flags > 0).tolist()
+    return stop, late

@@ -1,8 +1,8 @@
 """Training and evaluation: one visible loop, used by every stage, on one device or many.
 
 ``fit`` is the loop. It yields one row per epoch and prints nothing; what is trained is decided
-outside, by ``only_training`` and by the optimiser it is given. Nothing inside an epoch waits for
-the device.
+outside, by ``only_training`` and by the optimiser it is given. No step waits for the device, but
+those at which a checkpoint is written or many processes ask each other (``devices.agreed``).
 """
 
 import contextlib
@@ -75,7 +75,8 @@ def fit(
     Inside an epoch ``keep(position)`` is called every ``session.checkpoint_s`` seconds and when
     ``session.stopping()`` says so, then KeyboardInterrupt is raised; given as ``start``, the
     position takes such an epoch up again (not where images are not ``seekable``). With
-    ``session.devices`` each process takes its part of every batch, BatchNorm its statistics of all.
+    ``session.devices`` each process takes its part of every batch, BatchNorm its statistics of all;
+    they stop and keep together, at every ``ASK_EVERY``-th step, by the clock of the first.
 
     Row: epoch, epochs, loss (cross-entropy, nats), price (nats), train_accuracy, val_accuracy,
     lr (of the last step), seconds, images_per_s (of the training part).
@@ -88,7 +89,7 @@ def fit(
     with wrapped(net, optimizer, stage.feed.compiled, devices) as (model, stepper):
         loop = _Loop(model, data, stepper, stage, work, session, steps, keep)
         for epoch in range(first, stage.epochs + 1):
-            if devices and keep and agreed(session.stopping, ASK_EVERY - 1, devices):
+            if devices and keep and agreed(session.stopping, False, ASK_EVERY - 1, devices)[0]:
                 raise KeyboardInterrupt(f"stopped before epoch {epoch}")
             begin = position if position and position.epoch == epoch else None
             began_s = time.perf_counter() - (begin.seconds if begin else 0)
@@ -102,7 +103,7 @@ def fit(
             trace = loop.train(epoch, begin, began_s)
             rate = optimizer.param_groups[0]["lr"]
             _check_finite(net, trace, epoch, rate)
-            loss, paid, correct = mean_over_processes(trace.mean(0), devices).tolist()
+            loss, paid, correct = trace.mean(0).tolist()
             train_s = time.perf_counter() - began_s
             accuracy = evaluate(net, data.val, data, stage.feed, devices=devices)
             yield {
@@ -138,12 +139,13 @@ class _Loop:
         self.augment = partial(augment, pad=feed.crop, flip=feed.flip)
 
     def train(self, epoch: int, begin: Position | None, began_s: float) -> Tensor:
-        """One epoch, or the rest of it from ``begin`` on; returns the trace of this process."""
+        """One epoch, or the rest of it from ``begin`` on; returns its trace, see ``Position``."""
         stage, devices, batch = self.stage, self.session.devices, self.stage.feed.batch
+        done = begin.step if begin else 0  # also: rows of the trace that all processes share
         exact = torch.float64 if self.dtype is torch.float64 else torch.float32
         trace = begin.trace if begin else torch.zeros(self.steps, 3, dtype=exact)
         trace = trace.to(self.device)
-        todo: Iterable = range(begin.step if begin else 0, self.steps)
+        todo: Iterable = range(done, self.steps)
         if self.session.progress:
             todo = self.session.progress(todo, f"{stage.name} epoch {epoch}/{stage.epochs}")
         mine, kept_at = share_of_batch(batch, devices), time.perf_counter()
@@ -151,7 +153,7 @@ class _Loop:
         with contextlib.ExitStack() as stack:
             randomness = own_randomness(self.device, stage.seed, epoch, devices, begin)
             draw = stack.enter_context(randomness)
-            batches = self.data.train.shuffled(batch, draw, begin.step if begin else 0)
+            batches = self.data.train.shuffled(batch, draw, done)
             if begin:
                 draw.set_state(begin.draws.cpu())
             stack.callback(batches.close)
@@ -164,16 +166,18 @@ class _Loop:
                     images = self.augment(images, draw)
                 trace[step] = self.step(images[mine], labels[mine], rate)
                 if self.keep and step + 1 < self.steps:
-                    stop = agreed(self.session.stopping, step, devices)
                     late = time.perf_counter() > kept_at + self.session.checkpoint_s
-                    wanted = seekable and (stop or (late and not devices))
-                    if wanted and bool(trace.isfinite().all()):
-                        spent, states = time.perf_counter() - began_s, generator_states(devices)
-                        place = (epoch, step + 1, spent, trace.cpu(), draw.get_state(), states)
-                        self.keep(Position(*place))
+                    stop, due = agreed(self.session.stopping, late, step, devices)
+                    if seekable and (stop or due):
+                        done = _share(trace, done, step + 1, devices)
+                        states, drawn = generator_states(self.device, devices), draw.get_state()
+                        spent = time.perf_counter() - began_s
+                        if bool(trace.isfinite().all()):
+                            self.keep(Position(epoch, done, spent, trace.cpu(), drawn, states))
                         kept_at = time.perf_counter()
                     if stop:
                         raise KeyboardInterrupt(f"stopped in epoch {epoch} after step {step + 1}")
+        _share(trace, done, self.steps, devices)
         return trace
 
     def step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
@@ -205,6 +209,12 @@ def steps_of(images: Part, batch: int, processes: int = 1) -> int:
             f"got batch {batch} for {processes} processes; need a multiple; do change one of them"
         )
     return steps
+
+
+def _share(trace: Tensor, done: int, step: int, devices: "Fabric | None") -> int:
+    """Make the rows from ``done`` to ``step`` means over all processes; returns ``step``."""
+    trace[done:step] = mean_over_processes(trace[done:step], devices)
+    return step
 
 
 def _check_finite(net: nn.Module, trace: Tensor, epoch: int, rate: float) -> None:

@@ -30,7 +30,7 @@ class Position:
     epoch: int
     step: int  # steps of this epoch that are done
     seconds: float  # spent in this epoch so far
-    trace: Tensor  # (steps, 3): loss, price and share correct, of this process
+    trace: Tensor  # (steps, 3): loss, price and share correct, means over all processes
     draws: Tensor  # state of the generator of order, crops and flips
     random: list[list[Tensor]]  # states of torch's own generators, of each process
 
@@ -48,11 +48,11 @@ def own_randomness(
         yield seeded(seed, epoch)
 
 
-def generator_states(fabric: "Fabric | None") -> list[list[Tensor]]:
-    """States of torch's own generators, CPU's and device's, of each process."""
+def generator_states(device: torch.device, fabric: "Fabric | None") -> list[list[Tensor]]:
+    """States of torch's own generators, the CPU's and that of ``device``, of each process."""
     states = [torch.get_rng_state()]
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states.append(torch.cuda.get_rng_state())
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
     if fabric is None:
         return [states]
     every: list[Any] = [None] * fabric.world_size

@@ -3,40 +3,39 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
+from processes import dnal, ended, ranks
+from torch import nn
 
+from dnal_mini.config import SearchConfig
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.netfile import load
 from dnal_mini.runs import runlog
+from dnal_mini.search.driver import run
+from dnal_mini.training.loop import _Loop
 
-ROOT = Path(__file__).parents[2]
 WORDS = [
     "--data", "toy", "--val", "32", "--width", "0.07", "--weight-epochs", "3", "--arch-epochs", "4",
     "--fine-tune-epochs", "3", "--batch", "8", "--arch-lr", "1", "--gate-price", "1e-3",
     "--precision", "float32", "--channels-last", "false", "--checkpoint-s", "0.2",
 ]  # fmt: skip
 TIMES = {"seconds", "images_per_s", "latency_s", "created", "commit", "dirty"}
+STAGES = ("weight_stage", "baseline", "arch_stage", "fine_tune")
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path) -> BaseProcess:
     """``dnal run`` in a process of its own; the same command starts and resumes."""
-    command = [sys.executable, "-m", "dnal_mini", "run", "digits", *WORDS, "--out", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    return dnal(folder.with_suffix(".said"), "run", "digits", *WORDS, "--out", folder)
 
 
-def finish(folder: Path) -> str:
-    process = start(folder)
-    said, complained = process.communicate(timeout=300)
-    assert process.returncode == 0, complained[-2000:]
-    return said + complained
+def finish(folder: Path) -> None:
+    assert ended(start(folder)) == [0], folder.with_suffix(".said").read_text()[-2000:]
 
 
 def rows(folder: Path) -> list[dict]:
@@ -45,21 +44,28 @@ def rows(folder: Path) -> list[dict]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in found]
 
 
-def weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
-    """All tensors that a run leaves: of its nets, before and after fine-tuning."""
+def checkpoints(folder: Path) -> list[tuple[str, torch.Tensor]]:
+    """All tensors of the nets that the stages of a run leave."""
     found = []
-    for name in ("pruned", "small"):
-        found += load(folder / f"{name}.safetensors", MODELS["vgg16"]).module.state_dict().items()
-    for stage in ("weight_stage", "baseline", "arch_stage", "fine_tune"):
-        found += torch.load(folder / f"{stage}.pt", weights_only=True)["net"].items()
+    for stage in STAGES:
+        if (folder / f"{stage}.pt").exists():
+            found += torch.load(folder / f"{stage}.pt", weights_only=True)["net"].items()
     return found
 
 
-def same(one: Path, other: Path) -> None:
+def weights(folder: Path) -> list[tuple[str, torch.Tensor]]:
+    """All tensors that a run leaves: of its nets, before and after fine-tuning."""
+    found = checkpoints(folder)
+    for name in ("pruned", "small"):
+        found += load(folder / f"{name}.safetensors", MODELS["vgg16"]).module.state_dict().items()
+    return found
+
+
+def same(one: Path, other: Path, tensors=weights) -> None:
     """Assert that two runs are the same, bit by bit."""
     for a, b in zip(rows(one), rows(other), strict=True):
         assert a == b
-    for (name, a), (other_name, b) in zip(weights(one), weights(other), strict=True):
+    for (name, a), (other_name, b) in zip(tensors(one), tensors(other), strict=True):
         assert name == other_name
         assert torch.equal(a, b), name
 
@@ -79,26 +85,25 @@ SEEDS = [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_run_killed_at_any_moment_ends_bit_identical(whole, tmp_path, seed):
     folder, seconds = whole
-    moment = random.Random(seed).uniform(0.3, 0.95) * seconds  # imports take the first part
     process = start(tmp_path / "run")
-    time.sleep(moment)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    time.sleep(random.Random(seed).uniform(0.05, 0.95) * seconds)
+    process.kill()
+    process.join()
     finish(tmp_path / "run")
     same(folder, tmp_path / "run")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="one process cannot send another a signal")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(whole, tmp_path, number):
     folder = tmp_path / "run"
     process = start(folder)
     while not (folder / "arch_stage.pt").exists():  # written after its first epoch, or inside it
-        assert process.poll() is None
+        assert process.exitcode is None
         time.sleep(0.02)
-    process.send_signal(number)
-    _, complained = process.communicate(timeout=120)
-    last = complained.splitlines()[-1]
-    assert process.returncode == 130
+    os.kill(process.pid, number)
+    assert ended(process) == [130]
+    last = folder.with_suffix(".said").read_text().splitlines()[-1]
     assert last.startswith("dnal: interrupted ")
     assert last.endswith(f"continue with: dnal resume {folder}")
     state = torch.load(folder / "arch_stage.pt", weights_only=True)
@@ -107,3 +112,66 @@ def test_a_signal_lets_the_step_end_saves_and_says_how_to_go_on(whole, tmp_path,
     assert {"delta", "price", "lr", "optimizer", "schedule", "place"} <= state.keys()
     finish(folder)
     same(whole[0], folder)
+
+
+# --- two processes -----------------------------------------------------------------------------
+
+
+def shared_run(folder: Path, end=lambda loop, step: None) -> None:
+    """A run of a net with dropout; after every step of its process ``end(loop, step)`` may act, and
+    put another loss in the place of what the step returned.
+
+    An epoch has 32 steps, so a checkpoint falls behind steps 8, 16 and 24 of it.
+    """
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Conv2d(3, 7, 3, stride=2), nn.BatchNorm2d(7), nn.ReLU(), nn.Dropout(0.3),
+        nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Linear(63, 10),
+    )  # fmt: skip
+    config = SearchConfig().replace(
+        data="toy", val=32, weight_epochs=2, arch_epochs=2, fine_tune_epochs=1, batch=4,
+        baseline="none", arch_lr=1.0, precision="float32", channels_last=False, checkpoint_s=0.0,
+    )  # fmt: skip
+    plain, taken = _Loop.step, []
+
+    def step(loop, *given):
+        taken.append(plain(loop, *given))
+        other = end(loop, len(taken))
+        return taken[-1] if other is None else other
+
+    _Loop.step = step
+    run(config, folder, net=net)
+
+
+def die(loop: _Loop, step: int) -> None:
+    """In the 21st step of the second epoch of stage 2, without a word to anybody."""
+    if loop.stage.name == "arch_stage" and step == 3 * 32 + 21:
+        os._exit(9)
+
+
+def spoil(loop: _Loop, step: int) -> torch.Tensor | None:
+    """A loss that is not finite in the last step of an epoch, in one process of two."""
+    return torch.full((3,), torch.nan) if step == 32 and os.environ["RANK"] == "1" else None
+
+
+def share(folder: Path, *end) -> tuple[list[int | None], str]:
+    """Two processes of a run: their exit codes and what the second one said."""
+    pytest.importorskip("lightning_fabric", reason="needs lightning-fabric (extra: devices)")
+    codes = ended(*ranks(2, folder.with_suffix(".said"), shared_run, folder, *end))
+    return codes, folder.with_suffix(".1").read_text()
+
+
+def test_two_processes_killed_inside_an_epoch_go_on_to_the_same_bits(tmp_path):
+    assert share(tmp_path / "whole")[0] == [0, 0]
+    assert 9 in share(tmp_path / "cut", die)[0]
+    state = torch.load(tmp_path / "cut" / "arch_stage.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 16)
+    assert share(tmp_path / "cut")[0] == [0, 0]
+    same(tmp_path / "whole", tmp_path / "cut", checkpoints)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_both_with_the_diagnosis(tmp_path):
+    codes, said = share(tmp_path / "run", spoil)
+    assert codes == [1, 1]
+    assert "FloatingPointError: got loss nan" in said
+    assert [row["kind"] for row in runlog.read(tmp_path / "run")] == ["run", "stopped"]

@@ -9,21 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
+import two_processes
+from processes import dnal, ended, ranks
+from torch import nn
 
+from dnal_mini.cli.commands import main
 from dnal_mini.config import SearchConfig
+from dnal_mini.data.sources import toy_images
 from dnal_mini.runs import runlog, tables
 from dnal_mini.search.driver import run
 from dnal_mini.training.devices import from_first, start_processes
+from dnal_mini.training.loop import evaluate
 
 pytest.importorskip("lightning_fabric", reason="needs lightning-fabric (extra: devices)")
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parents[1].joinpath("two_processes.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TINY = {
-    "data": "toy", "val": "33", "width": "0.07", "weight-epochs": "2", "arch-epochs": "2",
-    "fine-tune-epochs": "1", "batch": "64", "arch-lr": "0.1", "gate-price": "1e-3",
-    "precision": "float32", "channels-last": "false",
-}  # fmt: skip
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32", reason="torchrun needs libuv, which torch for Windows lacks"
+)
+WORDS = [
+    "--data", "toy", "--val", "33", "--width", "0.07", "--weight-epochs", "2", "--arch-epochs", "2",
+    "--fine-tune-epochs", "1", "--batch", "64", "--arch-lr", "0.1", "--gate-price", "1e-3",
+    "--precision", "float32", "--channels-last", "false",
+]  # fmt: skip
+COMMAND = [sys.executable, "-m", "dnal_mini", "run", "digits", *WORDS]
 
 
 def succeed(*words: object) -> str:
@@ -41,7 +51,7 @@ def succeed(*words: object) -> str:
 
 
 def test_two_processes_give_the_losses_weights_and_evaluation_of_one(tmp_path):
-    succeed(sys.executable, SCRIPT, tmp_path / "one.pt")
+    two_processes.main(tmp_path / "one.pt")
     succeed(*TORCHRUN, SCRIPT, tmp_path / "two.pt")
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     torch.testing.assert_close(
@@ -54,11 +64,10 @@ def test_two_processes_give_the_losses_weights_and_evaluation_of_one(tmp_path):
 
 
 def test_the_command_starts_its_processes_and_ends_as_one_does(tmp_path):
-    words = [word for name, value in TINY.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "dnal_mini", "run", "digits", *words]
-    alone = succeed(*command, "--out", tmp_path / "one")
-    shared = succeed(*command, "--devices", 2, "--out", tmp_path / "two")
-    assert shared.count("test accuracy") == alone.count("test accuracy") == 1
+    said = tmp_path / "one.said"
+    assert ended(dnal(said, "run", "digits", *WORDS, "--out", tmp_path / "one")) == [0]
+    shared = succeed(*COMMAND, "--devices", 2, "--out", tmp_path / "two")
+    assert shared.count("test accuracy") == said.read_text().count("test accuracy") == 1
     records = [runlog.read(tmp_path / name) for name in ("one", "two")]
     kinds = [[(row["kind"], row.get("stage")) for row in rows] for rows in records]
     assert kinds[0] == kinds[1]  # nobody but the first process writes
@@ -66,21 +75,19 @@ def test_the_command_starts_its_processes_and_ends_as_one_does(tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # float32: rounding grows
     results = [rows[-1] for rows in records]
     assert results[1]["test_images"] == results[0]["test_images"]
-    # a folder of two processes goes on with one, and the other way round
+    # a folder of two processes goes on with one
     record = tmp_path / "two" / "record.jsonl"
     record.write_text("".join(record.read_text().splitlines(keepends=True)[:-2]))
     (tmp_path / "two" / "fine_tune.pt").unlink()
-    succeed(sys.executable, "-m", "dnal_mini", "resume", tmp_path / "two")
+    assert ended(dnal(said, "run", "digits", *WORDS, "--out", tmp_path / "two")) == [0]
     assert tables.summary(tmp_path / "two")["finished"]
 
 
 def test_a_signal_to_the_first_of_two_processes_stops_and_saves_both(tmp_path):
-    long = TINY | {"weight-epochs": "500", "checkpoint-s": "0"}
-    words = [word for name, value in long.items() for word in (f"--{name}", value)]
-    command = [sys.executable, "-m", "dnal_mini", "run", "digits", *words, "--devices", "2"]
+    long = ["--weight-epochs", "500", "--checkpoint-s", "0", "--devices", "2"]
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        [*command, "--out", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *long, "--out", str(folder)], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
     while not (folder / "weight_stage.pt").exists():
         assert process.poll() is None
@@ -95,33 +102,30 @@ def test_a_signal_to_the_first_of_two_processes_stops_and_saves_both(tmp_path):
     assert state["epoch"] == epochs[-1]["epoch"]
 
 
+def count() -> None:
+    """Assert, in each of many processes, that a split is evaluated once, whatever the batches."""
+    fabric = start_processes(torch.device("cpu"))
+    data = toy_images(train=5, val=33, num_classes=3, image_shape=(3, 4, 4))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))
+    nn.init.zeros_(net[1].weight)
+    net[1].bias.data = torch.tensor([0.0, 1.0, 0.0])  # always the second class
+    right = int((data.val.labels == 1).sum()) / 33
+    sizes = (1, 7, 32, 500)
+    found = [evaluate(net, data.val, data, batch=size, devices=fabric) for size in sizes]
+    assert found == [right] * 4, (found, right)
+
+
 def test_the_images_of_a_split_are_counted_once_by_any_number_of_processes(tmp_path):
-    code = (
-        "import torch; from torch import nn; from dnal_mini.data.sources import toy_images\n"
-        "from dnal_mini.training.devices import start_processes\n"
-        "from dnal_mini.training.loop import evaluate\n"
-        "fabric = start_processes(torch.device('cpu'))\n"
-        "data = toy_images(train=5, val=33, num_classes=3, image_shape=(3, 4, 4))\n"
-        "net = nn.Sequential(nn.Flatten(), nn.Linear(48, 3))\n"
-        "nn.init.zeros_(net[1].weight); nn.init.zeros_(net[1].bias); net[1].bias.data[1] = 1\n"
-        "sizes = (1, 7, 32, 500)\n"
-        "found = [evaluate(net, data.val, data, batch=b, devices=fabric) for b in sizes]\n"
-        "right = int((data.val.labels == 1).sum()) / 33\n"
-        "assert found == [right] * 4, (found, right)\n"
-    )
-    script = tmp_path / "count.py"
-    script.write_text(code)
-    assert succeed(*TORCHRUN[:-1], "3", script) == ""
+    said = tmp_path / "count.said"
+    assert ended(*ranks(3, said, count)) == [0, 0, 0], said.with_suffix(".0").read_text()
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_told(tmp_path):
-    words = [word for name, value in TINY.items() for word in (f"--{name}", value)]
-    command = [*TORCHRUN[:-1], "3", "-m", "dnal_mini", "run", "digits", *words]
-    done = subprocess.run(
-        [*command, "--out", str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode != 0
-    assert "dnal: got batch 64 for 3 processes; need a multiple" in done.stderr
+    words, said = [*WORDS, "--out", str(tmp_path / "run")], tmp_path / "uneven.said"
+    assert ended(*ranks(3, said, main, ["run", "digits", *words])) == [2, 2, 2]
+    for n in range(3):
+        told = said.with_suffix(f".{n}").read_text()
+        assert "dnal: got batch 64 for 3 processes; need a multiple" in told
     assert not (tmp_path / "run").exists()
 
 
