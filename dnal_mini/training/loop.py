@@ -74,9 +74,8 @@ def fit(
 
     Inside an epoch ``keep(position)`` is called every ``session.checkpoint_s`` seconds and when
     ``session.stopping()`` says so, then KeyboardInterrupt is raised; given as ``start``, the
-    position takes such an epoch up again (not where images are not ``seekable``). With
-    ``session.devices`` each process takes its part of every batch, BatchNorm its statistics of all;
-    they stop and keep together, at every ``ASK_EVERY``-th step, by the clock of the first.
+    position takes such an epoch up again (not where images are not ``seekable``). The processes of
+    ``session.devices`` share a batch and its statistics, and stop and keep together (``agreed``).
 
     Row: epoch, epochs, loss (cross-entropy, nats), price (nats), train_accuracy, val_accuracy,
     lr (of the last step), seconds, images_per_s (of the training part).
