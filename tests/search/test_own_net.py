@@ -591,7 +591,7 @@ def drawn(num_classes):
 
 BUILDERS = {
     "nets_of_yours:small": "got module nets_of_yours, which cannot be imported (ModuleNotFound",
-    "nets_of_mine:smll": "nets_of_mine has no smll; need a function of it (smlll, plain, nothing",
+    "nets_of_mine:tiny": "nets_of_mine has no tiny; need a function of it (small, plain, nothing",
     "nets_of_mine:nothing": "got a str from nets_of_mine:nothing; need an nn.Module",
     "nets_of_mine:five": "got nets_of_mine:five, a int; need a function",
     "nets_of_mine:classless": "got TypeError from nets_of_mine:classless(num_classes=3)",
