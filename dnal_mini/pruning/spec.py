@@ -14,7 +14,7 @@ from dnal_mini.refused import LARGEST_SEED, Refused, need_shape, shown
 
 LARGEST = 2**20  # channels of a layer, columns of a channel
 LARGEST_IMAGE = 2**28  # numbers
-FLAGS = {"bias", "gone", "affine"}
+FLAGS = {"bias", "gone", "affine", "in_place"}
 COUNTS = {"num_features", "stride", "columns", "zeros", "groups"}
 CHOICES = {"inputs", "in", "out"}  # indices, each once
 MAPS = {"gather", "scatter", "source"}  # -1: a channel of zeros
