@@ -144,3 +144,14 @@ def test_a_copy_and_a_pickle_gate_with_their_own_s():
         other.norm.gate.s.data.zero_()
         assert not torch.equal(other(x), before)
         assert torch.equal(net(x), before)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler reads it
+@pytest.mark.parametrize("mode", ["off", "soft"])
+def test_compiled_code_gates_behind_its_activation_too(mode: str):
+    net, x = gated(F.relu).eval(), torch.randn(4, 3, 6, 7, dtype=torch.float64)
+    set_gates(net, mode=mode, delta=2.0)
+    outputs = net(x), torch.compile(net, backend="aot_eager")(x)
+    torch.testing.assert_close(outputs[1], outputs[0])
+    gradients = [torch.autograd.grad(y.square().sum(), net.conv.weight)[0] for y in outputs]
+    torch.testing.assert_close(gradients[1], gradients[0])

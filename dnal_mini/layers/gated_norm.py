@@ -54,9 +54,14 @@ class GatedLate(Gated):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = super(Gated, self).forward(*args, **kwargs)  # type: ignore[misc]
-        if self.gate.mode != "off":
-            output.__class__, output.gate, output.follows = Awaiting, self.gate, self.follows
-        return output
+        return output if self.gate.mode == "off" else _awaiting(output, self)
+
+
+@torch._disable_dynamo  # torch.compiler.disable imports the whole compiler
+def _awaiting(output: Any, layer: GatedLate) -> Any:
+    """The same tensor, which awaits its activation; a compiler leaves the code until then alone."""
+    output.__class__, output.gate, output.follows = Awaiting, layer.gate, layer.follows
+    return output
 
 
 class Awaiting(Tensor):
