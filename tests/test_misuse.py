@@ -115,6 +115,7 @@ NO_NETS = {
     "weights": (lambda: net().state_dict(), "(OrderedDict); need an nn.Module"),
 }
 TAKES_A_SHAPE: dict[str, Callable] = {
+    "add_gates": lambda shape: dnal.add_gates(net(), image_shape=shape),
     "prune": lambda shape: dnal.prune(gated(), shape),
     "analyse": lambda shape: dnal.analyse(net(), shape),
     "cost": lambda shape: dnal.cost(net(), shape),
@@ -391,6 +392,7 @@ for name, call in TAKES_A_SHAPE.items():
     MISUSES |= {
         f"{name}: shape {what}": (lambda call=call, shape=shape: call(shape), words)
         for what, (shape, words) in NO_SHAPES.items()
+        if (name, shape) != ("add_gates", None)  # which finds one
     }
 
 
