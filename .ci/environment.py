@@ -4,6 +4,7 @@ Needs Python and one of ensurepip (Debian's and Ubuntu's python3-venv) or pip (p
 An environment that is there already is kept and brought up to date.
 """
 
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,7 +13,7 @@ from pathlib import Path
 
 def create(folder: Path) -> Path:
     """The Python of an environment that has pip; made where it is missing."""
-    python = folder / "bin" / "python"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     has_pip = [python, "-c", "from importlib.util import find_spec; exit(not find_spec('pip'))"]
     if python.exists() and subprocess.call(has_pip) == 0:
         return python

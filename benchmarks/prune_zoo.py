@@ -10,7 +10,7 @@ Run: ``python benchmarks/prune_zoo.py --out zoo.jsonl``.
 import argparse
 import itertools
 import json
-import resource
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -212,6 +212,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def peak_memory_gib() -> float | None:
+    """What this process has needed at most, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="record file, JSON lines")
@@ -248,7 +258,7 @@ def main() -> None:
         "smaller": sum(row["macs"][1] < row["macs"][0] for row in sound),
         "largest_difference": max((row["difference"] for row in sound), default=None),
         "seconds": round(sum(row.get("seconds", 0) for row in rows)),
-        "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),
+        "peak_memory_gib": peak_memory_gib(),
     }
     print(json.dumps(summary))
 

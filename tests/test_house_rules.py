@@ -178,6 +178,27 @@ def test_what_is_not_so_is_refused_by_class(path: Path):
     assert "ValueError" not in raised
 
 
+LACKING = {  # attributes and modules that Windows does not have
+    *("fork", "forkpty", "geteuid", "getuid", "killpg", "mkfifo", "O_DIRECTORY", "O_NOFOLLOW"),
+    *("SIGHUP", "SIGKILL", "SIGUSR1", "alarm", "setitimer", "fcntl", "pwd", "resource", "termios"),
+}
+
+
+def lacking(source: str) -> set[str]:
+    """Names in a source that Windows does not have."""
+    modules = {name.partition(".")[0] for name in imported(source)}
+    nodes = ast.walk(ast.parse(source))
+    return LACKING & (modules | {node.attr for node in nodes if isinstance(node, ast.Attribute)})
+
+
+def test_nothing_asks_for_what_windows_lacks_but_the_helper_that_skips():
+    folders = (PACKAGE, ROOT / "book", ROOT / "tests")
+    found = {path: lacking(path.read_text()) for each in folders for path in each.rglob("*.py")}
+    named = {path.relative_to(ROOT).as_posix(): names for path, names in found.items() if names}
+    assert named == {"tests/systems.py": {"geteuid", "mkfifo"}}
+    assert lacking("import fcntl\nos.kill(1, signal.SIGKILL)") == {"fcntl", "SIGKILL"}
+
+
 def test_no_function_hides_a_module_and_the_public_names_come_from_one_place():
     import dnal_mini
 

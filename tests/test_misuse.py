@@ -6,12 +6,12 @@ One row a mistake: what is called, and words of the line. Those of commands: ``t
 import copy
 import functools
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from systems import device, pipe
 from torch import Tensor, nn
 
 import dnal_mini as dnal
@@ -72,11 +72,6 @@ def with_numbers(value: float) -> nn.Module:
     broken = copy.deepcopy(net())
     broken[0].weight.data[0, 0, 0, 0] = value
     return broken
-
-
-def pipe(name: str) -> str:
-    os.mkfifo(name)
-    return name
 
 
 def folder(name: str) -> str:
@@ -427,7 +422,7 @@ FILES: dict[str, tuple[Callable[[], str], str]] = {
     "nothing": (lambda: "none", "which is not there; need a file that save() wrote"),
     "a folder": (lambda: folder("f"), "got f, which is no regular file; need"),
     "a pipe": (lambda: pipe("f"), "got f, which is no regular file; need"),
-    "a device": (lambda: "/dev/zero", "got /dev/zero, which is no regular file; need"),
+    "a device": (lambda: device("/dev/zero"), "got /dev/zero, which is no regular file; need"),
     "empty": (lambda: file("f", b""), "got f, cut short or damaged"),
     "a letter": (lambda: file("f"), "got f, cut short or damaged"),
     "a huge header": (lambda: file("f", b"\xff" * 64), "got f, cut short or damaged"),

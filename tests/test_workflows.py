@@ -11,7 +11,8 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MAKEFILE, README = ((ROOT / name).read_text() for name in ("Makefile", "README.md"))
+TARGETS = set(re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE))
 BOOK = "_build/html"
 # Who may write what; a job that is not named reads the repository and nothing else.
 WRITERS = {"deploy": {"pages": "write", "id-token": "write"}, "launch": {"contents": "write"}}
@@ -75,12 +76,27 @@ def test_every_push_is_linted_tested_and_built_and_only_main_is_published():
         "setup", "lint", "test",
     }  # fmt: skip
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert jobs["test"]["runs-on"].startswith("ubuntu")
+    assert jobs["systems"]["strategy"]["matrix"]["os"] == ["macos-latest", "windows-latest"]
     assert "book" in asked_of_make(commands(jobs["build"]))
     (artifact,) = (s for s in jobs["build"]["steps"] if "upload-pages" in s.get("uses", ""))
     assert artifact["with"]["path"] == BOOK
     assert set(jobs["deploy"]["needs"]) == {"test", "build"}
     assert "refs/heads/main" in jobs["deploy"]["if"]
     assert "event_name == 'push'" in jobs["deploy"]["if"]
+
+
+def test_on_windows_the_tests_run_by_the_commands_of_the_readme_and_elsewhere_by_make():
+    job = read("ci")["jobs"]["systems"]
+    lines = {step["if"]: step["run"].splitlines() for step in job["steps"] if "if" in step}
+    assert lines["runner.os != 'Windows'"] == ["make test"]
+    (told,) = re.findall(r"^```powershell\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    utf8, *commands = told.splitlines()
+    assert lines["runner.os == 'Windows'"] == commands
+    assert utf8 == f"$env:PYTHONUTF8 = {job['env']['PYTHONUTF8']}"
+    made, tested = MAKEFILE.split("$(READY): ")[1], MAKEFILE.split("\ntest: ")[1]
+    assert commands[0].removeprefix("python ") in made.replace("$(PYTHON) ", "")
+    assert commands[1].partition("python ")[2] in tested
 
 
 def test_the_branch_of_the_launch_buttons_is_pushed_with_the_address_filled_in():

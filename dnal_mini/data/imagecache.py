@@ -202,7 +202,7 @@ def _read_cache(path: Path, source: str) -> Tensor | None:
     if not (path.exists() and note.exists()):
         return None
     try:
-        record = json.loads(note.read_text())
+        record = json.loads(note.read_bytes())
         wanted, found = (record["source_sha256"], record["images_sha256"]), (source, _sha256(path))
         if wanted == found:
             return torch.from_numpy(np.load(path, allow_pickle=False))

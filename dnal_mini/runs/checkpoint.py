@@ -143,11 +143,12 @@ def write_whole(path: Path, content: bytes | memoryview, keep: Path | None = Non
         except OSError:  # a file system without hard links
             shutil.copyfile(path, keep)
     part.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    if os.name == "posix":  # Windows opens no folder, and needs not: it keeps a journal of names
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:

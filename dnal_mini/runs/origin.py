@@ -69,7 +69,7 @@ def _device(device: str) -> Row:
 def _processor() -> str:
     """The processor's own name where the system tells it, else its family."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

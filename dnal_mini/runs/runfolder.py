@@ -5,13 +5,17 @@ file is whole or absent, whenever the process is killed: it is written beside it
 the disk, and renamed; the checkpoint before the last one is kept.
 """
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from filelock import BaseFileLock, FileLock, Timeout
 
 from dnal_mini.config import PATHS, SearchConfig
 from dnal_mini.data.imageset import ImageSet
@@ -22,6 +26,8 @@ from dnal_mini.runs.identity import check_made_of, images_of
 from dnal_mini.runs.origin import describe_run
 from dnal_mini.runs.runlog import Row
 from dnal_mini.runs.takeover import differences, take_over, takeable
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class RunFolder(Checkpoints):
@@ -46,7 +52,7 @@ class RunFolder(Checkpoints):
         super().__init__(Path(out), writes)
         self.config, self.on_row = config, on_row
         self.record = runlog.RunLog(self.path / runlog.FILE_NAME)
-        self._lock: int | None = None
+        self._lock: BaseFileLock | None = None
         if not writes:
             return
         if not (self.path / "config.json").exists():
@@ -68,7 +74,7 @@ class RunFolder(Checkpoints):
     def close(self) -> None:
         """Unlock the folder."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     def _create(self, about: Row) -> None:
@@ -88,6 +94,8 @@ class RunFolder(Checkpoints):
                     take_over(source, part, record, taken)
                 write_whole(part / "config.json", json.dumps(config.settings(), indent=1).encode())
                 part.chmod(0o777 & ~_umask())
+                if os.name == "nt" and self.path.exists():
+                    self.path.rmdir()  # Windows renames onto nothing only
                 part.rename(self.path)  # onto nothing or an empty folder: else OSError
             finally:
                 shutil.rmtree(part, ignore_errors=True)
@@ -198,23 +206,23 @@ def _described(config: SearchConfig, data: ImageSet, net_is: Row | None) -> Row:
     return {"format": runlog.FORMAT, "config": public, **made_of, **about}
 
 
-def _locked(folder: Path) -> int | None:
-    """An open file that locks the folder for this process, until it ends, however it ends."""
+def _locked(folder: Path) -> BaseFileLock | None:
+    """The lock of a folder for this process, until it ends, however it ends."""
+    lock = FileLock(folder / "lock", timeout=0, thread_local=False)
     try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        return None
-    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
+        lock.acquire()
+    except Timeout as error:
         raise Refused(
             f"got {folder}, which another process is writing; need one at a time; "
             "do wait for it, or choose another folder (--out)"
         ) from error
-    except OSError:  # a file system without locks
-        os.close(lock)
+    except (OSError, NotImplementedError) as error:
+        if getattr(error, "errno", errno.ENOSYS) not in NO_LOCKS:
+            raise
+        warnings.warn(
+            f"got {folder}, whose file system has no locks; let one process at a time write there",
+            stacklevel=2,
+        )
         return None
     return lock
 

@@ -1,10 +1,20 @@
 """Ctrl-C and SIGTERM: a run ends its step and saves."""
 
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+OWN_GROUP: dict[str, Any]
+if sys.platform == "win32":  # where a process can be sent nothing but Ctrl-Break, in its own group
+    STOP, POLITE = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK), signal.CTRL_BREAK_EVENT
+    OWN_GROUP = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+else:
+    STOP, POLITE = (signal.SIGINT, signal.SIGTERM), signal.SIGTERM
+    OWN_GROUP = {"start_new_session": True}
 
 
 @contextmanager
@@ -20,7 +30,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():  # signals go to the main one
         yield lambda: False
         return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in STOP}
     try:
         yield lambda: bool(asked)
     finally:

@@ -28,7 +28,7 @@ from dnal_mini.config import MEANS, Budget, SearchConfig, need_config, upgraded
 from dnal_mini.methods import METHODS
 from dnal_mini.refused import Refused, need_folder, need_name, need_number, need_word, shown
 from dnal_mini.runs import runlog
-from dnal_mini.runs.signals import terminable
+from dnal_mini.runs.signals import OWN_GROUP, POLITE, terminable
 from dnal_mini.search import driver
 from dnal_mini.search.answer import answer
 from dnal_mini.search.inputs import settled
@@ -305,8 +305,8 @@ def _processes(jobs: int, on_row: OnRow | None) -> Iterator[Start]:
                 [*command, json.dumps(given)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                start_new_session=True,
                 text=True,
+                **OWN_GROUP,  # a terminal's Ctrl-C does not reach it
             )
             live.append(process)
         with process:
@@ -327,7 +327,7 @@ def _processes(jobs: int, on_row: OnRow | None) -> Iterator[Start]:
             with lock:
                 stopping.set()
                 for process in live:
-                    process.terminate()
+                    process.send_signal(POLITE)
             raise
 
 
@@ -342,7 +342,7 @@ def _child() -> None:
     def tell(row: Row) -> None:
         try:
             print(json.dumps(row), file=rows, flush=True)
-        except BrokenPipeError:  # the parent is gone
+        except OSError:  # the parent is gone: a broken pipe, or what Windows calls one
             raise KeyboardInterrupt from None
 
     try:

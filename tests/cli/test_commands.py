@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import os
 import shlex
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from systems import obeys_permissions
 
 import dnal_mini
 from dnal_mini.cli.commands import main
@@ -191,7 +191,7 @@ def test_a_file_in_the_place_of_the_folder_is_told(
     assert [path.name for path in folder.iterdir()] == ["taken"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+@pytest.mark.skipif(not obeys_permissions(), reason="this user may write everywhere")
 def test_a_folder_without_write_permission_is_told(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -1,7 +1,6 @@
 """Pruned nets as files: bit by bit, without pickle, from older formats, and never damaged ones."""
 
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from small_nets import (
     relative_difference,
     settled,
 )
+from systems import pipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -637,7 +637,7 @@ def test_the_same_net_gives_the_same_bytes_with_the_usual_mode(tmp_path):
 
 def test_a_place_that_is_no_file_is_refused_and_left_alone(tmp_path):
     small, _ = saved(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
+    pipe(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for place, word in (
         ("pipe", "no regular file"), ("folder", "no regular file"), ("none/net", "not there"),

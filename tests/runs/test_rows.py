@@ -1,10 +1,10 @@
 """Odd records: whatever stands in a row, a report is made or ends in one line that says what."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
+from systems import device, pipe
 
 from dnal_mini.cli.commands import main
 from dnal_mini.config import SearchConfig
@@ -159,8 +159,7 @@ def test_what_is_no_record_is_told(what: str, tmp_path: Path, capsys: pytest.Cap
 
 @pytest.mark.timeout(30)
 def test_a_pipe_or_a_device_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path / "pipe", "/dev/zero", tmp_path):
+    for path in (pipe(tmp_path / "pipe"), device("/dev/zero"), tmp_path):
         assert "no run record at" in told(capsys, path)
 
 

@@ -1,24 +1,28 @@
 """Folders of runs: taken over, refused, damaged."""
 
+import errno
 import json
+import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import ended, start
+from systems import device
 from torch import nn
 
 from dnal_mini.config import SearchConfig
+from dnal_mini.data.sources import toy_images
 from dnal_mini.gating import add_gates
 from dnal_mini.methods.dnal import DNAL
+from dnal_mini.refused import Refused
 from dnal_mini.runs import checkpoint, runlog
 from dnal_mini.runs.checkpoint import load_state
 from dnal_mini.runs.reopen import settings_in
+from dnal_mini.runs.runfolder import RunFolder
 from dnal_mini.search.driver import run
 
-ROOT = Path(__file__).parents[2]
 CONFIG = SearchConfig().replace(
     name="toy",
     data="toy",
@@ -35,6 +39,7 @@ CONFIG = SearchConfig().replace(
     channels_last=False,
     checkpoint_s=0.0,
 )
+DATA = toy_images(val=32)
 
 
 def changed(**fields) -> SearchConfig:
@@ -118,22 +123,59 @@ def test_a_bit_that_flips_in_a_checkpoint_is_told(tmp_path):
 
 
 def test_a_folder_that_is_being_written_is_refused_to_a_second_process(tmp_path):
-    code = (
-        "import sys; from tests.runs.test_runfolder import CONFIG\n"
-        "from dnal_mini.search.driver import run\n"
-        "run(CONFIG, sys.argv[1])"
-    )
-    refused = []
+    said, refused = tmp_path / "said", []
 
     def second(row):
         if row["kind"] == "epoch" and not refused:
-            command = [sys.executable, "-c", code, str(tmp_path / "run")]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            refused.append(done.stderr.splitlines()[-1])
+            assert ended(start(said, run, CONFIG, tmp_path / "run")) == [1]
+            refused.append(said.read_text().splitlines()[-1])
 
     result = run(changed(weight_epochs=1), tmp_path / "run", on_row=second)
     assert "which another process is writing; need one at a time" in refused[0]
     assert run(CONFIG, tmp_path / "run") == result  # a finished one may be read by anybody
+
+
+def failing(error: Exception):
+    def acquire(*_: object, **__: object) -> None:
+        raise error
+
+    return acquire
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks"), NotImplementedError("flock")])
+def test_a_file_system_without_locks_is_told_and_written_to(tmp_path, monkeypatch, error):
+    monkeypatch.setattr("filelock.BaseFileLock.acquire", failing(error))
+    with (
+        pytest.warns(UserWarning, match=r"got .*, whose file system has no locks; let one process"),
+        RunFolder(tmp_path / "run", CONFIG, DATA) as folder,
+    ):
+        folder.write("note")
+    assert runlog.read(tmp_path / "run")[-1]["kind"] == "note"
+
+
+def test_a_lock_that_may_not_be_written_is_no_lack_of_locks(tmp_path, monkeypatch):
+    denied = PermissionError(errno.EACCES, "Permission denied", "lock")
+    monkeypatch.setattr("filelock.BaseFileLock.acquire", failing(denied))
+    with pytest.raises(PermissionError):
+        RunFolder(tmp_path / "run", CONFIG, DATA)
+
+
+def test_a_folder_is_free_again_when_it_is_closed_and_locked_once_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path / "run", CONFIG, DATA)
+    with folder, pytest.raises(Refused, match="which another process is writing; need one"):
+        RunFolder(tmp_path / "run", CONFIG, DATA)
+    RunFolder(tmp_path / "run", CONFIG, DATA).close()
+
+
+def test_where_folders_cannot_be_opened_a_file_is_written_whole_all_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "a.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing(PermissionError(13, "Permission denied", "folder")))
+        patch.setattr(os, "name", "nt")
+        checkpoint.write_whole(path, b"one")
+        checkpoint.write_whole(path, b"three", keep=path.with_suffix(".before"))
+    assert path.read_bytes() == b"three"
+    assert path.with_suffix(".before").read_bytes() == b"one"
 
 
 def test_a_record_that_was_cut_is_whole_again_after_resuming(tmp_path):
@@ -160,7 +202,7 @@ def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
 
     def fill(row):
         if row.get("stage") == "arch_stage" and row["epoch"] == 1:
-            (folder / "arch_stage.pt.part").symlink_to("/dev/full")
+            (folder / "arch_stage.pt.part").symlink_to(device("/dev/full"))
 
     whole = run(changed(baseline="none"), tmp_path / "whole")
     with pytest.raises(ValueError, match=r"got No space left on device for .*; need room"):

@@ -287,11 +287,12 @@ def test_a_process_that_is_killed_is_a_run_that_failed(monkeypatch, tmp_path):
     kill = Rows(lambda name, row: started[0].kill())
     failed = sweep.sweep(CONFIG, [1e-3], [0], tmp_path, jobs=2, on_row=kill)
     assert failed == {
-        "seed0/shared": f"its process ended with code {-signal.SIGKILL}",
+        "seed0/shared": f"its process ended with code {started[0].returncode}",
         "seed0/price0.001": "not started: seed0/shared failed",
     }
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process there at once")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_reaches_every_process_and_the_same_call_goes_on(number, tmp_path):
     config = CONFIG.replace(baseline="none", weight_epochs=1)
