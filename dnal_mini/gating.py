@@ -5,7 +5,7 @@ training, pruning or particular networks.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.inputs import example_inputs as taken_by
+from dnal_mini.graph.inputs import given
 from dnal_mini.graph.layer import CONVS
 from dnal_mini.graph.observed import (
     activations_behind,
@@ -46,6 +47,8 @@ def add_gates(
     order: Order = "conv-bn-ss-relu",
     where: Where | None = None,
     image_shape: Sequence[int] | None = None,
+    *,
+    example_inputs: Any = None,
 ) -> nn.Module:
     """A copy of any CNN with an SS layer at its BatchNorms (1d, 2d, 3d, Sync).
 
@@ -56,6 +59,7 @@ def add_gates(
     Gates start in mode "off", so the copy computes what ``net`` computes: both are compared, in
     both modes, on images of ``image_shape``, by default of a usual size that the net takes; if
     it takes none, they are not.
+    ``example_inputs``, for a forward that takes more than images: as ``prune`` takes them.
     For "conv-bn-relu-ss" running it shows where a gate goes. A layer whose output not one
     activation alone reads, or one that does not keep 0 (sigmoid), has its gate itself.
 
@@ -79,11 +83,11 @@ def add_gates(
         need_callable("where", where, "name", "norm")
     if gates(net):
         raise Refused("got a net that has gates already; need a plain one: gate a fresh net")
-    images = example_images(net, image_shape)
-    sites = _sites(net, where, images)
+    inputs = taken_by(net, given(net, image_shape, example_inputs))
+    sites = _sites(net, where, inputs)
     late: dict[str, str] = {}
     if order == "conv-bn-relu-ss":
-        late = activations_behind(net, _known(images), sites)
+        late = activations_behind(net, _known(inputs), sites)
     gated = copied(net)
     for name in sites:
         layer = gated.get_submodule(name)
@@ -92,12 +96,12 @@ def add_gates(
         else:
             first = order == "conv-ss-bn-relu" and isinstance(layer, _BatchNorm)
             put_gate(layer, GatedFirst if first else Gated)
-    if images is not None:
-        _compare(net, gated, images, sites)
+    if inputs is not None:
+        _compare(net, gated, inputs, sites)
     return gated
 
 
-def _sites(net: nn.Module, where: Where | None, images: Tensor | None) -> list[str]:
+def _sites(net: nn.Module, where: Where | None, inputs: tuple | None) -> list[str]:
     """Names of the layers that get a gate."""
     own = getattr(net, "gate_here", None)
     chosen = where or ((lambda name, layer: own(name)) if own else (lambda name, layer: True))
@@ -106,7 +110,7 @@ def _sites(net: nn.Module, where: Where | None, images: Tensor | None) -> list[s
     layers = {name: m for name, m in there.items() if isinstance(m, _BatchNorm)}
     if not layers:
         layers = {name: m for name, m in there.items() if isinstance(m, CONVS)}
-        ends = convolutions_at_the_end(net, _known(images)) if layers else set()
+        ends = convolutions_at_the_end(net, _known(inputs)) if layers else set()
         layers = {name: m for name, m in layers.items() if name not in ends}
     sites = [name for name, layer in layers.items() if chosen(name, layer)]
     if not sites:
@@ -117,20 +121,20 @@ def _sites(net: nn.Module, where: Where | None, images: Tensor | None) -> list[s
     return sites
 
 
-def _known(images: Tensor | None) -> Tensor:
-    if images is None:
+def _known(inputs: tuple | None) -> tuple:
+    if inputs is None:
         raise Refused("got a net that takes no image of a usual size; need image_shape; do give it")
-    return images
+    return inputs
 
 
-def _compare(net: nn.Module, gated: nn.Module, images: Tensor, sites: Collection[str]) -> None:
+def _compare(net: nn.Module, gated: nn.Module, inputs: tuple, sites: Collection[str]) -> None:
     """Raises: ValueError if copies of both compute different things, or by layers of the first."""
     pair, strayed = (copied(net), copied(gated)), list[str]()
     hooks = [
         net.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: strayed.append(n))
         for name in sites
     ]
-    gaps = {"eval": difference(*pair, images)}
+    gaps = {"eval": difference(*pair, inputs)}
     for hook in hooks:
         hook.remove()
     if strayed:
@@ -138,9 +142,9 @@ def _compare(net: nn.Module, gated: nn.Module, images: Tensor, sites: Collection
             f"got a {type(net).__name__} whose copy calls {strayed[0]} of the original; need a "
             "forward that finds its layers by self; do not hold them in a lambda or a global"
         )
-    gaps["train"] = difference(*pair, images, train=True)
+    gaps["train"] = difference(*pair, inputs, train=True)
     for mode, gap in gaps.items():
-        if gap > tolerance(images):
+        if gap > tolerance(net):
             raise Refused(
                 f"got a {type(net).__name__} whose copy with gates, all off, differs by {gap:.1e} "
                 f"in {mode} mode; need a forward that does not look at what a layer is made of"

@@ -10,7 +10,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from dnal_mini.gating import gates
 from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.inputs import Given, given
+from dnal_mini.graph.inputs import example_inputs as taken_by
 from dnal_mini.graph.layer import CONVS, NORMS, TRANSPOSED
 from dnal_mini.graph.observed import norms_behind, same
 from dnal_mini.layers.hollow import Hollow, hollow
@@ -23,7 +24,9 @@ LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def deploy(net: nn.Module, image_shape: Sequence[int] | None = None) -> nn.Module:
+def deploy(
+    net: nn.Module, image_shape: Sequence[int] | None = None, *, example_inputs: Any = None
+) -> nn.Module:
     """A copy for inference, in eval mode: each BatchNorm folded into the layer before it.
 
     Folded is a BatchNorm with running statistics that directly follows a convolution (any
@@ -42,19 +45,24 @@ def deploy(net: nn.Module, image_shape: Sequence[int] | None = None) -> nn.Modul
         >>> count(net), count(dnal.deploy(net))
         (55, 0)
     """
+    return fold(net, given(net, image_shape, example_inputs))
+
+
+def fold(net: nn.Module, what: Given | None) -> nn.Module:
+    """``deploy``."""
     refuse_gates(net)
     layers = [name for name, module in net.named_modules() if _is_ours(module, LAYERS, "scatter")]
-    images = example_images(net, image_shape)
-    if images is None:
+    inputs = taken_by(net, what)
+    if inputs is None:
         raise Refused("got a net that takes no image of a usual size; need image_shape; do give it")
-    pairs = norms_behind(net, images, layers)
+    pairs = norms_behind(net, inputs, layers)
     pairs = {a: b for a, b in pairs.items() if _is_ours(net.get_submodule(b), NORMS, "gather")}
     for leave in (_nothing, hollow):
         small = _folded(net, pairs, leave)
-        if same(net, small, images):
+        if same(net, small, inputs):
             return small
     for layer in list(pairs):  # something reads the numbers of a norm, or of a layer
-        if not same(net, _folded(net, {layer: pairs[layer]}, hollow), images):
+        if not same(net, _folded(net, {layer: pairs[layer]}, hollow), inputs):
             del pairs[layer]
     return _folded(net, pairs, hollow)
 

@@ -30,8 +30,6 @@ from dnal_mini.graph.rewrite import as_products, channel_maps, settle_in_place
 from dnal_mini.layers.mixed import parts
 from dnal_mini.refused import Refused
 
-BATCH = 2  # images: enough to see whether an operation mixes images with channels
-
 
 @dataclass
 class Capture:

@@ -1,6 +1,6 @@
 """What running a network shows of it, whatever its forward code looks like; knows no gate."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -11,35 +11,39 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from dnal_mini.graph.copies import copied
+from dnal_mini.graph.inputs import again, like
 from dnal_mini.graph.layer import CONVS
 from dnal_mini.graph.ops import ACTIVATIONS
 from dnal_mini.graph.outputs import tensors_in
 
 
-def run(net: nn.Module, images: Tensor, train: bool = False) -> list[Tensor]:
+def run(net: nn.Module, inputs: Sequence[Any], train: bool = False) -> list[Tensor]:
     """The tensors that a net returns in a mode, its random numbers always the same ones.
 
     The net stays in that mode, and whatever a forward writes into it is written.
     """
     net.train(train)
-    with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+    device = like(net).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        return tensors_in(net(images.clone()))
+        return tensors_in(net(*again(inputs)))
 
 
 @torch.no_grad()
-def difference(net: nn.Module, other: nn.Module, images: Tensor, train: bool = False) -> float:
+def difference(
+    net: nn.Module, other: nn.Module, inputs: Sequence[Any], train: bool = False
+) -> float:
     """Largest difference between what two nets return, relative to the largest number.
 
     Infinite where the other raises, returns other shapes or is not finite where the first is.
     0 if the first cannot run in that mode. Both nets are run: see ``run``.
     """
     try:
-        expected = run(net, images, train)
+        expected = run(net, inputs, train)
     except Exception:  # it wants more than images, or a larger batch
         return 0.0
     try:
-        found = run(other, images, train)
+        found = run(other, inputs, train)
     except Exception:  # whatever the user's forward raises
         return float("inf")
     if [t.shape for t in expected] != [t.shape for t in found]:
@@ -53,14 +57,14 @@ def difference(net: nn.Module, other: nn.Module, images: Tensor, train: bool = F
     return largest
 
 
-def same(net: nn.Module, other: nn.Module, images: Tensor) -> bool:
+def same(net: nn.Module, other: nn.Module, inputs: Sequence[Any]) -> bool:
     """True if copies of two nets compute the same in eval mode, but for rounding."""
-    return difference(copied(net), copied(other), images) <= tolerance(images)
+    return difference(copied(net), copied(other), inputs) <= tolerance(net)
 
 
-def tolerance(images: Tensor) -> float:
+def tolerance(net: nn.Module) -> float:
     """The largest difference that rounding explains."""
-    return torch.finfo(images.dtype).eps ** 0.5
+    return torch.finfo(like(net).dtype).eps ** 0.5
 
 
 class _Watched(Tensor):
@@ -94,7 +98,9 @@ def _watched(outputs: list[Any], layer: nn.Module, args: Any, output: Any) -> No
     outputs.append(output)
 
 
-def _reads(net: nn.Module, images: Tensor, train: bool, layers: Collection[str]) -> dict[str, list]:
+def _reads(
+    net: nn.Module, inputs: Sequence[Any], train: bool, layers: Collection[str]
+) -> dict[str, list]:
     """Each output of each layer in one run of a net; it notes its reads, if it is a tensor."""
     seen: dict[str, list[Any]] = {name: [] for name in layers}
     hooks = [
@@ -102,7 +108,7 @@ def _reads(net: nn.Module, images: Tensor, train: bool, layers: Collection[str])
         for name, outputs in seen.items()
     ]
     try:
-        for tensor in run(net, images, train):
+        for tensor in run(net, inputs, train):
             if isinstance(tensor, _Watched):
                 tensor.reads.append("")
     finally:
@@ -112,7 +118,9 @@ def _reads(net: nn.Module, images: Tensor, train: bool, layers: Collection[str])
 
 
 @torch.no_grad()
-def activations_behind(net: nn.Module, images: Tensor, layers: Collection[str]) -> dict[str, str]:
+def activations_behind(
+    net: nn.Module, inputs: Sequence[Any], layers: Collection[str]
+) -> dict[str, str]:
     """The activation that alone reads what a layer puts out, by the layer's name.
 
     Only where it is the same in every call and in both modes, and makes zeros of zeros.
@@ -120,14 +128,14 @@ def activations_behind(net: nn.Module, images: Tensor, layers: Collection[str]) 
     trial, ways = copied(net), {name: set[tuple[str, ...]]() for name in layers}
     for train in (False, True):
         with suppress(Exception):  # in train mode it may want more than images: eval mode decides
-            for name, outputs in _reads(trial, images, train, layers).items():
+            for name, outputs in _reads(trial, inputs, train, layers).items():
                 ways[name] |= {tuple(getattr(output, "reads", ())) for output in outputs}
     alone = {name: next(iter(way)) for name, way in ways.items() if len(way) == 1}
     return {name: way[0] for name, way in alone.items() if len(way) == 1 and way[0]}
 
 
 @torch.no_grad()
-def norms_behind(net: nn.Module, images: Tensor, layers: Collection[str]) -> dict[str, str]:
+def norms_behind(net: nn.Module, inputs: Sequence[Any], layers: Collection[str]) -> dict[str, str]:
     """The BatchNorm that alone reads what a layer puts out, by the layer's name, in eval mode.
 
     Only where both are called once, and the norm's channels are the layer's: not those of a
@@ -142,7 +150,7 @@ def norms_behind(net: nn.Module, images: Tensor, layers: Collection[str]) -> dic
 
             module.register_forward_pre_hook(note)
     found: dict[str, str] = {}
-    for name, outputs in _reads(trial, images, False, layers).items():
+    for name, outputs in _reads(trial, inputs, False, layers).items():
         linear = isinstance(trial.get_submodule(name), nn.Linear)
         if len(outputs) != 1 or len(getattr(outputs[0], "reads", ())) != 1:
             continue
@@ -152,7 +160,7 @@ def norms_behind(net: nn.Module, images: Tensor, layers: Collection[str]) -> dic
     return found
 
 
-def convolutions_at_the_end(net: nn.Module, images: Tensor) -> set[str]:
+def convolutions_at_the_end(net: nn.Module, inputs: Sequence[Any]) -> set[str]:
     """Convolutions from which the net's output is reached through no other layer with weights."""
     trial, made = copied(net), {}
     for tensor in trial.parameters():
@@ -165,7 +173,7 @@ def convolutions_at_the_end(net: nn.Module, images: Tensor) -> set[str]:
 
             module.register_forward_hook(note)
     with torch.enable_grad():
-        stack: list[Any] = [tensor.grad_fn for tensor in run(trial, images)]
+        stack: list[Any] = [tensor.grad_fn for tensor in run(trial, inputs)]
     found, passed = set(), {None}
     while stack:
         node = stack.pop()

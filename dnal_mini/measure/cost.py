@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.inputs import Given, Inputs, drawn, given, like
 from dnal_mini.graph.outputs import tensors_in
 from dnal_mini.refused import UNFIT, Refused, line_of, need_module, need_number, need_shape
 
@@ -46,7 +47,9 @@ class Cost:
         )
 
 
-def cost(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Cost:
+def cost(
+    net: nn.Module, image_shape: Sequence[int] = (3, 32, 32), *, example_inputs: Any = None
+) -> Cost:
     """Parameters, multiply-adds and peak activation memory of one image of (c, h, w).
 
     ``params``: all parameters, trainable or frozen, shared ones once; no buffers, and not the
@@ -61,6 +64,8 @@ def cost(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Cost:
     memory with. Not counted: weights and what is computed from weights alone, gates, results that
     nobody reads, and an operation's own scratch memory.
 
+    ``example_inputs``: what it costs to run them, all at once, in place of one image.
+
     The net is left as it was: parameters, buffers, running statistics, training flags.
     Raises: ValueError for an image_shape that is not of positive ints or that the net rejects.
     Example:
@@ -70,10 +75,16 @@ def cost(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Cost:
         >>> dnal.cost(net, image_shape=(3, 64, 64)).macs / dnal.cost(net).macs > 3.9
         True
     """
-    images = random_images(net, image_shape)
-    counter, recorder = FlopCounterMode(display=False), _Recorder(images)
+    return cost_of(net, given(net, image_shape, example_inputs))
+
+
+def cost_of(net: nn.Module, what: Given) -> Cost:
+    """``cost``."""
+    images: tuple = () if isinstance(what, Inputs) else (random_images(net, what),)
+    inputs = images or drawn(what, like(net), 0)
+    counter, recorder = FlopCounterMode(display=False), _Recorder(_tensors(inputs))
     with evaluating(net), torch.no_grad(), recorder.without_gates(net), counter, recorder:
-        outputs = output_of(net, images)
+        outputs = output_of(net, *inputs)
     scalars = {id(s) for m in net.modules() if _is_gate(m) for s in m.parameters(recurse=False)}
     return Cost(
         params=sum(p.numel() for p in net.parameters() if id(p) not in scalars),
@@ -100,7 +111,7 @@ def layer_table(
 class _Recorder(TorchDispatchMode):
     """Notes which activations each operation reads and makes; an activation is a storage."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, inputs: list[Tensor]) -> None:
         super().__init__()
         # The weak references keep an address from being used again, not the memory alive.
         self.numbers: dict[StorageWeakRef, int] = {}
@@ -108,8 +119,9 @@ class _Recorder(TorchDispatchMode):
         self.last_read: list[int | None] = []  # operation, None if nobody reads it
         self.operations = 0
         self.is_paused = False
-        self._note_birth(images)
-        self.last_read[0] = 0  # the image is there even if nobody reads it
+        for tensor in inputs:
+            self._note_birth(tensor)
+        self.last_read = [0] * len(inputs)  # they are there even if nobody reads them
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -233,22 +245,17 @@ def random_images(net: nn.Module, image_shape: Sequence[int], batch: int = 1) ->
     return images.to(like(net))
 
 
-def like(net: nn.Module) -> Tensor:
-    """A tensor with the device and dtype of the net's first floating-point weight or buffer."""
-    tensors = (*net.parameters(), *net.buffers())
-    return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
-
-
-def output_of(net: nn.Module, images: Tensor) -> Any:
+def output_of(net: nn.Module, *inputs: Any) -> Any:
     """The net's output; a shape that it cannot take becomes a ValueError."""
     try:
-        return net(images)
+        return net(*inputs)
     except (torch.OutOfMemoryError, Refused):
         raise
     except UNFIT as error:
+        shapes = " and ".join(str(tuple(x.shape[1:])) for x in inputs if isinstance(x, Tensor))
         raise Refused(
-            f"got image_shape {tuple(images.shape[1:])}, which the net cannot take "
-            f"({line_of(error)}); need the shape it was built for, and a forward of images alone"
+            f"got image_shape {shapes}, which the net cannot take ({line_of(error)}); need the "
+            "shape it was built for, and example_inputs if its forward takes more than images"
         ) from error
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.copies import copied
-from dnal_mini.measure.cost import like, output_of, random_images
+from dnal_mini.graph.inputs import like
+from dnal_mini.measure.cost import output_of, random_images
 from dnal_mini.refused import need_number, need_numbers
 
 MOST_SECONDS = 1e6  # that a measurement may take: eleven days

@@ -11,7 +11,7 @@ from dnal_mini.gating import gates, site_of
 from dnal_mini.graph.cache import captured
 from dnal_mini.graph.capture import Capture, replace_everywhere
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.inputs import Given, example_inputs
 from dnal_mini.graph.layer import CONVS, NORMS
 from dnal_mini.graph.ops import is_activation, name_of
 from dnal_mini.graph.places import like
@@ -36,7 +36,9 @@ def drop_gates(net: nn.Module, absorb: bool = False) -> nn.Module:
     return drop_and_tell(net, absorb)[0]
 
 
-def drop_and_tell(net: nn.Module, absorb: bool = False) -> tuple[nn.Module, dict[str, dict]]:
+def drop_and_tell(
+    net: nn.Module, absorb: bool = False, what: Given | None = None
+) -> tuple[nn.Module, dict[str, dict]]:
     """``drop_gates``, and what it put in that a net without gates lacks, by qualified name.
 
     {"source", "stride"} of a ChannelMap, in the place of a gate or as LAYER.scatter behind a
@@ -44,7 +46,7 @@ def drop_and_tell(net: nn.Module, absorb: bool = False) -> tuple[nn.Module, dict
     """
     net = copied(net)
     plain = [m for m in net.modules() if isinstance(m, _BatchNorm) and not m.affine]
-    takers, told = _takers(net, absorb), {}
+    takers, told = _takers(net, absorb, what), {}
     for name, gate in gates(net).items():
         gain = gate.is_open.to(gate.s) * (gate.p if absorb else 1)
         site = site_of(net, name)
@@ -66,7 +68,7 @@ def drop_and_tell(net: nn.Module, absorb: bool = False) -> tuple[nn.Module, dict
     return net, told | {name: {"affine": True} for name in affine}
 
 
-def _takers(net: nn.Module, absorb: bool) -> dict[str, nn.Module]:
+def _takers(net: nn.Module, absorb: bool, what: Given | None) -> dict[str, nn.Module]:
     """The layer whose numbers can take a gate's factors, by the gate's name, where there is one."""
     takers: dict[str, nn.Module] = {}
     others, borrowed = {}, lent(net)
@@ -77,7 +79,7 @@ def _takers(net: nn.Module, absorb: bool) -> dict[str, nn.Module]:
             others[name] = site
         elif site not in borrowed and _can_take(layer, absorb):
             takers[name] = layer
-    for name, taker in _producers(net, others, absorb).items() if others else ():
+    for name, taker in _producers(net, others, absorb, what).items() if others else ():
         if taker not in borrowed:
             takers[name] = net.get_submodule(taker)
     return takers
@@ -103,7 +105,9 @@ def _can_take(layer: Any, absorb: bool) -> bool:
     return takes_gain(layer) or (exact and isinstance(layer, _BatchNorm) and not layer.affine)
 
 
-def _producers(net: nn.Module, others: dict[str, str], homogeneous: bool) -> dict[str, str]:
+def _producers(
+    net: nn.Module, others: dict[str, str], homogeneous: bool, what: Given | None
+) -> dict[str, str]:
     """By gate, the layer whose output reaches it alone, past activations that keep 0.
 
     ``homogeneous``: past those only that keep any positive factor (ReLU and its leaky kin). A
@@ -119,10 +123,10 @@ def _producers(net: nn.Module, others: dict[str, str], homogeneous: bool) -> dic
             put_map(layer, "gather", stand_in)
         else:
             replace_everywhere(trial, layer, stand_in)
-    images = example_images(trial)
-    if images is None:
+    inputs = example_inputs(trial, what)
+    if inputs is None:
         return {}
-    graph, found = captured(trial, (images,)), {}
+    graph, found = captured(trial, inputs), {}
     calls = Counter(layer.name for layer in graph.layers.values())
     at = {layer.module: node for node, layer in graph.layers.items() if calls[layer.name] == 1}
     for name, site in others.items():

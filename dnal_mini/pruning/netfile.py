@@ -9,7 +9,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dnal_mini.gating import strip_gates
 from dnal_mini.graph.copies import copied
+from dnal_mini.graph.inputs import Given, Inputs, drawn, like, written
 from dnal_mini.pruning.oldformats import renewed
 from dnal_mini.pruning.plan import Report
 from dnal_mini.pruning.pruner import FORMAT, Pruned, outputs
@@ -64,7 +65,7 @@ def save(small: Pruned, path: str | os.PathLike) -> None:
         for name, value in state.items()
         if name not in more
     }
-    told = {"seed": 0, "outputs": probe(small.module, small.spec["image_shape"], seed=0)}
+    told = {"seed": 0, "outputs": probe(small.module, written(small.spec), seed=0)}
     try:
         text = json.dumps(small.spec | {"probe": told, "extra_state": more}, sort_keys=True)
     except (TypeError, ValueError) as error:
@@ -113,7 +114,7 @@ def load(path: str | os.PathLike, build: Callable[..., nn.Module]) -> Pruned:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise _wrong(path, f" of another net than build() gives ({reason})") from error
-    _ask(module, spec["image_shape"], asked, path)
+    _ask(module, written(spec), asked, path)
     return Pruned(module, spec, Report(**spec["report"]), spec["certificate"]["absolute"])
 
 
@@ -166,7 +167,7 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return spec, tensors
 
 
-def probe(net: nn.Module, image_shape: Sequence[int], seed: int) -> list[dict[str, Any]]:
+def probe(net: nn.Module, what: Given, seed: int) -> list[dict[str, Any]]:
     """What a net answers to two images drawn from a seed: a note on each output tensor.
 
     Shape, largest size, and ``ANSWERS`` of its numbers. Computed in eval mode on the CPU and in
@@ -174,9 +175,12 @@ def probe(net: nn.Module, image_shape: Sequence[int], seed: int) -> list[dict[st
     """
     exact = copied(net).cpu().double()
     draw = torch.Generator().manual_seed(seed)
-    images = torch.rand(2, *image_shape, generator=draw).double() * 2 - 1
+    if isinstance(what, Inputs):
+        inputs = drawn(what, like(exact), seed)
+    else:
+        inputs = (torch.rand(2, *what, generator=draw).double() * 2 - 1,)
     with torch.no_grad():
-        found = outputs(exact, images)
+        found = outputs(exact, inputs)
     return [
         {
             "shape": list(tensor.shape),
@@ -187,11 +191,11 @@ def probe(net: nn.Module, image_shape: Sequence[int], seed: int) -> list[dict[st
     ]
 
 
-def _ask(net: nn.Module, image_shape: list[int], asked: dict[str, Any] | None, path: Path) -> None:
+def _ask(net: nn.Module, what: Given, asked: dict[str, Any] | None, path: Path) -> None:
     """Raises: ValueError if the rebuilt network does not answer what the saved one did."""
     try:
-        found = probe(net, image_shape, asked["seed"] if asked else 0)
-    except (RuntimeError, IndexError) as error:
+        found = probe(net, what, asked["seed"] if asked else 0)
+    except (RuntimeError, IndexError, ValueError, TypeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise _wrong(path, f" whose net cannot run ({reason})") from error
     expected = asked["outputs"] if asked else found

@@ -1,22 +1,21 @@
 """A network made ready for the analysis: operations, numbers, and which layers are read twice."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, fx, nn
 
 from dnal_mini.graph.cache import captured
-from dnal_mini.graph.capture import BATCH, Capture, evaluating, where
+from dnal_mini.graph.capture import Capture, evaluating, where
 from dnal_mini.graph.exact import as_exact_as
+from dnal_mini.graph.inputs import Given, again, drawn, like, told
 from dnal_mini.refused import Refused
 
 
-def prepare(net: nn.Module, image_shape: Sequence[int]) -> Capture:
-    """The network's operations on images of (channels, ...).
+def prepare(net: nn.Module, image_shape: Given) -> Capture:
+    """The network's operations on images of (channels, ...), or whatever it is given.
 
     Raises: ValueError if the forward cannot be followed or the image does not fit it.
     """
-    inputs = images(net, image_shape)
+    inputs = drawn(image_shape, like(net), 0)
     try:
         return captured(net, inputs)
     except Refused:
@@ -24,23 +23,14 @@ def prepare(net: nn.Module, image_shape: Sequence[int]) -> Capture:
         raise
 
 
-def _run(net: nn.Module, inputs: Sequence[Tensor], image_shape: Sequence[int]) -> None:
+def _run(net: nn.Module, inputs: tuple, image_shape: Given) -> None:
     """Raises: ValueError with the forward's own reason if it does not take such images."""
     try:
         with torch.no_grad(), evaluating(net), as_exact_as(net):
-            net(*(x.clone() for x in inputs))
+            net(*again(inputs))
     except Exception as error:  # whatever the user's forward raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Refused(
-            f"got image_shape {tuple(image_shape)}, which fails: {reason}{where(error)}"
-        ) from error
-
-
-def images(net: nn.Module, image_shape: Sequence[int]) -> tuple[Tensor]:
-    """What a network is run on to be understood: the same for every call, in its own precision."""
-    own = next((p for p in net.parameters() if p.is_floating_point()), torch.zeros(()))
-    draw = torch.Generator().manual_seed(0)
-    return (torch.randn(BATCH, *image_shape, generator=draw).to(own),)
+        raise Refused(f"got {told(image_shape)}, which fails: {reason}{where(error)}") from error
 
 
 def tensors_of(net: nn.Module) -> dict[str, Tensor]:

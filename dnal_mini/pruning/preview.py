@@ -13,9 +13,9 @@ import torch
 from torch import fx, nn
 
 from dnal_mini.gating import add_gates, check_gates, gates
-from dnal_mini.graph.capture import evaluating
 from dnal_mini.graph.copies import copied
-from dnal_mini.measure.cost import output_of, random_images
+from dnal_mini.graph.inputs import Given, given
+from dnal_mini.measure.cost import cost_of
 from dnal_mini.pruning.facts import REASONS, ZERO, Analysis, Keeps
 from dnal_mini.pruning.foldgates import drop_and_tell
 from dnal_mini.pruning.pruner import settled
@@ -59,7 +59,9 @@ class Preview:
 
 
 @torch.no_grad()
-def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview:
+def analyse(
+    net: nn.Module, image_shape: Sequence[int] = (3, 32, 32), *, example_inputs: Any = None
+) -> Preview:
     """What ``prune`` could cut from a network, what not, and why; the argument is left alone.
 
     Gates that were trained count as they stand (hard), others as open; a network without gates is
@@ -75,17 +77,17 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
         2             5  stays: no gate, nothing closes it
     """
     need_numbers(net)
-    with evaluating(net):  # tells what the net does not take
-        output_of(net, random_images(net, image_shape))
-    gated = copied(net) if check_gates(net) else _gated(net, image_shape)
+    what: Given = given(net, image_shape, example_inputs)
+    cost_of(net, what)  # tells what the net does not take
+    gated = copied(net) if check_gates(net) else _gated(net, image_shape, example_inputs)
     every, left = gates(gated).values(), {}
     if any(bool(gate.s.any()) for gate in every):
-        found, keeps = _settled(gated, image_shape)
+        found, keeps = _settled(gated, what)
         left = {found.name(n): int(keeps.mask(n).sum()) for n in found.facts}
     for gate in every:
         gate.s[:] = gate.s if left else torch.inf
         gate.s[0] = -torch.inf
-    found, keeps = _settled(gated, image_shape)
+    found, keeps = _settled(gated, what)
     layers = []
     for node, facts in found.facts.items():
         if facts.kind in WEIGHTS:
@@ -95,16 +97,16 @@ def analyse(net: nn.Module, image_shape: Sequence[int] = (3, 32, 32)) -> Preview
     return Preview(layers, list(found.walls.values()))
 
 
-def _gated(net: nn.Module, image_shape: Sequence[int]) -> nn.Module:
+def _gated(net: nn.Module, image_shape: Sequence[int], example_inputs: Any) -> nn.Module:
     """The network with gates, if there is anything in it to gate."""
     try:
-        return add_gates(net, image_shape=image_shape)
+        return add_gates(net, image_shape=image_shape, example_inputs=example_inputs)
     except ValueError:  # no BatchNorm: all that prune would do is find what is dead already
         return net
 
 
-def _settled(gated: nn.Module, image_shape: Sequence[int]) -> tuple[Analysis, Keeps]:
-    cut = settled(*drop_and_tell(gated), image_shape)
+def _settled(gated: nn.Module, what: Given) -> tuple[Analysis, Keeps]:
+    cut = settled(*drop_and_tell(gated, what=what), what)
     return cut.analysis, cut.keeps
 
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dnal_mini.graph.capture import BATCH
-
 SPOTS = 2**32  # code = channel * SPOTS + spot
 
 
@@ -100,7 +98,7 @@ def read(codes: Tensor) -> Shadow:
     Raises: Broken if the first axis is no longer the batch.
     """
     shape = tuple(codes.shape)
-    if len(shape) < 2 or shape[0] != BATCH or not torch.equal(codes[0], codes[1]):
+    if len(shape) < 2 or not bool((codes == codes[:1]).all()):
         raise Broken("images and channels are mixed")
     image = codes[0]
     channels = image // SPOTS

@@ -13,20 +13,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dnal_mini.deployment.fold import deploy
+from dnal_mini.deployment.fold import fold
 from dnal_mini.gating import check_gates, gates, set_gates
 from dnal_mini.graph.copies import copied
+from dnal_mini.graph.inputs import Given, Inputs, drawn, given, like, recorded, written
 from dnal_mini.layers.mixed import parts
-from dnal_mini.measure.cost import cost
+from dnal_mini.measure.cost import cost_of
 from dnal_mini.pruning.analysis import facts_of
 from dnal_mini.pruning.certificate import Trial, certified, outputs
 from dnal_mini.pruning.facts import Analysis, Keeps
 from dnal_mini.pruning.foldgates import drop_and_tell
 from dnal_mini.pruning.keepsets import settle
 from dnal_mini.pruning.plan import Report, plan
-from dnal_mini.pruning.prepare import images, prepare, tensors_of
+from dnal_mini.pruning.prepare import prepare, tensors_of
 from dnal_mini.pruning.surgery import Numbers, operate, write_numbers
 from dnal_mini.pruning.trial import follows, stubborn
 from dnal_mini.refused import Refused, need_number, need_numbers, need_word
@@ -61,7 +62,7 @@ class Pruned:
 
     def deploy(self) -> nn.Module:
         """The network for inference: a copy in eval mode with every BatchNorm folded away."""
-        return deploy(self.module, self.spec["image_shape"])
+        return fold(self.module, written(self.spec))
 
 
 def prune(
@@ -73,6 +74,7 @@ def prune(
     round_to: int = 1,
     absorb: bool = False,
     max_gap: float = 1e-2,
+    example_inputs: Any = None,
 ) -> Pruned:
     """Cut every channel that the hard gates leave dead; the argument is left alone.
 
@@ -84,6 +86,8 @@ def prune(
     ``absorb`` multiplies the p < 1 of an open gate into its norm instead of rounding it to 1.
     ``max_gap`` is the largest distance of a soft gate from 0 and 1 (with ``absorb``: of a closed
     one from 0) that is rounded away without a word.
+    ``example_inputs``, in place of ``image_shape``, for a forward that takes more than images: a
+    tuple of its arguments, or a dict. Tensors of floating point are drawn anew in their range.
     A layer whose channels are all dead keeps one (zeroed), or its whole residual branch goes.
 
     Source: Guo et al. 2022, sec. 3.4 [guo2022dnal].
@@ -102,20 +106,24 @@ def prune(
     _check_options(residual, min_channels, round_to, absorb, max_gap)
     _check_gates(net, absorb, max_gap)
     _check_numbers(net)
-    dense, exact = _cost(net, image_shape), _decided(net, absorb)  # cost: tells a wrong shape
-    small, tables, report = cut_net(exact, image_shape, residual, min_channels, round_to, absorb)
-    trials = certified(exact, small, image_shape)
-    small.to(_dtype(net))
+    what: Given = given(net, image_shape, example_inputs)
+    dense, exact = _cost(net, what), _decided(net, absorb)  # cost: tells a wrong shape
+    expected = outputs(exact, drawn(what, like(exact), 0))
+    gateless, put_in = drop_and_tell(exact, absorb, what)
+    cut = settled(gateless, put_in, what, residual, min_channels, round_to, expected)
+    small, tables, report = cut.module, cut.tables, cut.report
+    trials = certified(exact, small, what, expected)
+    small.to(like(net).dtype)
     spec: dict[str, Any] = {
         "format": FORMAT,
         "builder": parts(type(net))[0].__name__,
         "config": _config(net),
-        "image_shape": list(image_shape),
+        **recorded(what),
         "residual": residual,
         **tables,
-        "certificate": _summary(trials, exact.to(_dtype(net)), small, image_shape),
+        "certificate": _summary(trials, exact.to(like(net).dtype), small, what),
         "trials": [asdict(trial) | {"image_shape": list(trial.image_shape)} for trial in trials],
-        "cost": {"dense": dense, "pruned": _cost(small, image_shape)},
+        "cost": {"dense": dense, "pruned": _cost(small, what)},
         "report": vars(report),
     }
     return Pruned(small, spec, report, spec["certificate"]["absolute"])
@@ -123,7 +131,7 @@ def prune(
 
 def cut_net(
     exact: nn.Module,
-    image_shape: Sequence[int],
+    image_shape: Given,
     residual: Residual = "scatter",
     min_channels: int = 1,
     round_to: int = 1,
@@ -133,7 +141,8 @@ def cut_net(
 
     Also "keep" and "modules" of its spec, and the report.
     """
-    cut = settled(*drop_and_tell(exact, absorb), image_shape, residual, min_channels, round_to)
+    gateless, put_in = drop_and_tell(exact, absorb, image_shape)
+    cut = settled(gateless, put_in, image_shape, residual, min_channels, round_to)
     return cut.module, cut.tables, cut.report
 
 
@@ -151,31 +160,34 @@ class Cut:
 def settled(
     net: nn.Module,
     put_in: dict[str, dict],
-    image_shape: Sequence[int],
+    image_shape: Given,
     residual: str = "scatter",
     min_channels: int = 1,
     round_to: int = 1,
+    expected: list[Tensor] | None = None,
 ) -> Cut:
     """The smallest copy of a net without gates that does what it does, found by trying.
 
     An operation whose sizes turn out not to follow the widths becomes a wall, and all is settled
-    again. In the end nothing is cut, so this ends.
+    again. In the end nothing is cut, so this ends. ``expected``: the ``outputs`` of the net, if
+    they are known.
 
     Raises: ValueError for a net that gives one image two answers.
     """
-    graph, inputs = prepare(net, image_shape), images(net, image_shape)
+    graph, inputs = prepare(net, image_shape), drawn(image_shape, like(net), 0)
+    expected = outputs(net, inputs) if expected is None else expected
     while True:
         analysis = facts_of(graph, tensors_of(net))
         keeps = settle(analysis, residual, min_channels, round_to)
         tables, numbers, report = plan(analysis, keeps, put_in)
         small = _operated(net, tables, numbers)
-        if (error := follows(net, small, inputs)) is None:
+        if (error := follows(expected, small, inputs)) is None:
             return Cut(small, tables, report, analysis, keeps)
         away = [entry for entry in tables["modules"].values() if entry.keys() & {"gone", "source"}]
         for entry in away:  # forward code may look at a layer that is gone, or keep it in a list
             entry["in_place"] = True
         hollowed = _operated(net, tables, numbers) if away else small
-        if away and follows(net, hollowed, inputs) is None:
+        if away and follows(expected, hollowed, inputs) is None:
             return Cut(hollowed, tables, report, analysis, keeps)
         before = len(graph.stubborn)
         graph.stubborn.update(stubborn(small, graph, keeps, inputs, error))
@@ -194,8 +206,8 @@ def _operated(net: nn.Module, tables: dict[str, dict], numbers: dict[str, Number
     return small
 
 
-def _cost(net: nn.Module, image_shape: Sequence[int]) -> dict[str, int]:
-    return dict(vars(cost(net, image_shape)))
+def _cost(net: nn.Module, what: Given) -> dict[str, int]:
+    return dict(vars(cost_of(net, what)))
 
 
 def _config(net: nn.Module) -> dict[str, Any] | None:
@@ -204,10 +216,6 @@ def _config(net: nn.Module) -> dict[str, Any] | None:
     with contextlib.suppress(TypeError, ValueError):
         return json.loads(json.dumps(config)) if isinstance(config, dict) else None
     return None
-
-
-def _dtype(net: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _check_options(
@@ -275,7 +283,7 @@ def _decided(net: nn.Module, absorb: bool) -> nn.Module:
 
 
 def _summary(
-    trials: list[Trial], full: nn.Module, small: nn.Module, image_shape: Sequence[int]
+    trials: list[Trial], full: nn.Module, small: nn.Module, image_shape: Given
 ) -> dict[str, Any]:
     """The certificate of a spec: the largest difference of any comparison."""
     rounded = _difference(full, small, image_shape)
@@ -286,11 +294,9 @@ def _summary(
     }
 
 
-def _difference(full: nn.Module, small: nn.Module, image_shape: Sequence[int]) -> float:
+def _difference(full: nn.Module, small: nn.Module, image_shape: Given) -> float:
     """Largest difference in the networks' own precision, relative to the largest output."""
-    like = next(full.parameters(), torch.zeros(()))
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randn(2, *image_shape, generator=draw).to(like)
-    pairs = list(zip(outputs(full, images), outputs(small, images), strict=True))
+    inputs = drawn(image_shape, like(full), 0, None if isinstance(image_shape, Inputs) else 1)
+    pairs = list(zip(outputs(full, inputs), outputs(small, inputs), strict=True))
     largest = max(float((a - b).abs().max()) for a, b in pairs)
     return largest / max(*(float(a.abs().max()) for a, _ in pairs), 1e-300)

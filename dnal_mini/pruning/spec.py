@@ -5,10 +5,11 @@ at before memory is asked for, and kinds before they are used.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import fields
 from typing import Any
 
+from dnal_mini.graph.inputs import INTEGERS
 from dnal_mini.pruning.plan import Report
 from dnal_mini.refused import LARGEST_SEED, Refused, need_shape, shown
 
@@ -31,11 +32,10 @@ def check(spec: dict[str, Any], path: object) -> None:
 
 def _faults(spec: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every place of a spec that is not as it can be, with what stands there."""
-    try:
-        size = math.prod(need_shape(spec["image_shape"]))
-    except Refused:
-        size = LARGEST_IMAGE + 1
-    if size > LARGEST_IMAGE:
+    if (parts := spec.get("example_inputs")) is not None:
+        if not isinstance(parts, list) or not all(map(_is_argument, parts)):
+            yield "example_inputs", parts
+    elif not _is_shape(spec["image_shape"]):
         yield "image_shape", spec["image_shape"]
     if not isinstance(spec["config"], dict | None):
         yield "config", spec["config"]
@@ -79,6 +79,35 @@ def _faults_of_papers(spec: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield "numbers of the probe", numbers
         elif not _is_number(note.get("largest")) or not isinstance(note.get("shape"), list):
             yield "note of the probe", note
+
+
+def _is_shape(shape: Any, dims: Collection[int] = range(1, 5)) -> bool:
+    try:
+        return math.prod(need_shape(shape, dims)) <= LARGEST_IMAGE
+    except Refused:
+        return False
+
+
+def _is_argument(part: Any) -> bool:
+    """True for an argument of a forward as ``graph/inputs.py`` writes it down."""
+    if not isinstance(part, dict):
+        return isinstance(part, bool | int | str | None) or _is_number(part)
+    if part.keys() == {"shape", "low", "high"}:
+        ends = _is_number(part["low"]) and _is_number(part["high"])
+        return ends and _is_shape(part["shape"], range(9))
+    return (
+        part.keys() == {"values", "dtype"}
+        and part["dtype"] in INTEGERS
+        and _is_grid(part["values"])
+    )
+
+
+def _is_grid(values: Any) -> bool:
+    """True for whole numbers in lists of equal length, in any number of them."""
+    if isinstance(values, list):
+        sizes = {len(row) if isinstance(row, list) else -1 for row in values}
+        return len(sizes) <= 1 and all(map(_is_grid, values))
+    return type(values) in (int, bool) and abs(values) < 2**63
 
 
 def _fits(key: str, entry: dict[str, Any]) -> bool:

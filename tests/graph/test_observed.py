@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dnal_mini.gating import add_gates, gates, set_gates
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import example_images
+from dnal_mini.graph.inputs import example_inputs
 from dnal_mini.graph.observed import convolutions_at_the_end, difference
 
 
@@ -68,11 +68,12 @@ def test_a_module_without_a_copy_is_refused():
     ],
 )
 def test_images_of_a_usual_size_are_found(net: nn.Module, shape: tuple[int, ...] | None):
-    images = example_images(net.double())
-    assert shape == (None if images is None else tuple(images.shape[1:]))
-    if images is not None:
+    inputs = example_inputs(net.double())
+    assert shape == (None if inputs is None else tuple(inputs[0].shape[1:]))
+    if inputs is not None:
+        (images,) = inputs
         assert (len(images), images.dtype) == (2, torch.float64)
-        assert torch.equal(images, example_images(net))
+        assert torch.equal(images, example_inputs(net)[0])
 
 
 def test_looking_for_images_and_gating_leave_a_net_alone():
@@ -100,7 +101,7 @@ class Ends(nn.Module):
 def test_convolutions_get_gates_where_there_is_no_norm_but_not_the_last_ones():
     net = Ends().requires_grad_(False)  # a frozen one, too
     images = torch.randn(2, 3, 9, 7)
-    assert convolutions_at_the_end(net, images) == {"last", "side"}
+    assert convolutions_at_the_end(net, (images,)) == {"last", "side"}
     gated = add_gates(net)
     assert list(gates(gated)) == ["first.gate", "body.gate"]
     assert list(gates(add_gates(net, where=lambda name, layer: name != "body"))) == ["first.gate"]
@@ -116,13 +117,13 @@ def test_differences_are_those_of_all_tensors_and_of_what_cannot_be_compared():
     nn.init.constant_(net.weight, 1.0)
     other = copied(net)
     other.weight.data[1, 2] = 1.5
-    assert difference(net, net, images) == 0
-    assert difference(net, other, images) == pytest.approx(0.5 / 3)
+    assert difference(net, net, (images,)) == 0
+    assert difference(net, other, (images,)) == pytest.approx(0.5 / 3)
     for wrong in (nn.Linear(3, 3), nn.Linear(4, 2)):
-        assert difference(net, wrong, images) == float("inf")
+        assert difference(net, wrong, (images,)) == float("inf")
     other.weight.data[0] = torch.nan
-    assert difference(net, other, images) == float("inf")
-    assert difference(other, copied(other), images) == 0
+    assert difference(net, other, (images,)) == float("inf")
+    assert difference(other, copied(other), (images,)) == 0
     assert difference(nn.Linear(4, 2), net, images) == 0  # it does not run itself
 
 
