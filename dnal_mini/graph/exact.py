@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
@@ -16,17 +16,17 @@ class _Wide(TorchFunctionMode):
     """A tensor of float64 stays one, and new tensors of float32 are of float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        wide = bool(args) and isinstance(args[0], Tensor) and args[0].dtype == torch.float64
-        if wide and getattr(func, "__name__", "") in CASTS:
+        if getattr(func, "__name__", "") in CASTS and args[0].dtype == torch.float64:
             return args[0]
-        args = tuple(torch.float64 if _is_narrow(a) else a for a in args)
-        kwargs = {k: torch.float64 if _is_narrow(v) else v for k, v in kwargs.items()}
-        return func(*args, **kwargs)
+        if any(type(value) is torch.dtype for value in args):
+            args = tuple(map(_widened, args))
+        if kwargs:
+            return func(*args, **{name: _widened(value) for name, value in kwargs.items()})
+        return func(*args)
 
 
-def _is_narrow(value: Any) -> bool:
-    return isinstance(value, torch.dtype) and value in NARROW
+def _widened(value: Any) -> Any:
+    return torch.float64 if type(value) is torch.dtype and value in NARROW else value
 
 
 @contextmanager

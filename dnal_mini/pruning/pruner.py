@@ -78,14 +78,12 @@ def prune(
 ) -> Pruned:
     """Cut every channel that the hard gates leave dead; the argument is left alone.
 
-    What comes back is told at ``Pruned``.
     ``residual="scatter"``: a residual branch keeps its own channels and is added into the trunk at
     their places; "tie": all members of a channel set keep the union, plain narrower layers.
     ``min_channels`` and ``round_to`` let dead channels stay until every layer has that many and a
     multiple of that: regular shapes for some MACs; the report calls them held.
     ``absorb`` multiplies the p < 1 of an open gate into its norm instead of rounding it to 1.
-    ``max_gap`` is the largest distance of a soft gate from 0 and 1 (with ``absorb``: of a closed
-    one from 0) that is rounded away without a word.
+    ``max_gap``: how far a soft gate may be from 0 and 1 (``absorb``: a closed one from 0).
     ``example_inputs``, in place of ``image_shape``, for a forward that takes more than images: a
     tuple of its arguments, or a dict. Tensors of floating point are drawn anew in their range.
     A layer whose channels are all dead keeps one (zeroed), or its whole residual branch goes.
@@ -109,9 +107,9 @@ def prune(
     what: Given = given(net, image_shape, example_inputs)
     dense, exact = _cost(net, what), _decided(net, absorb)  # cost: tells a wrong shape
     expected = outputs(exact, drawn(what, like(exact), 0))
-    gateless, put_in = drop_and_tell(exact, absorb, what)
-    cut = settled(gateless, put_in, what, residual, min_channels, round_to, expected)
-    small, tables, report = cut.module, cut.tables, cut.report
+    plain = drop_and_tell(exact, absorb, what)
+    cut = settled(*plain, what, residual, min_channels, round_to, expected)
+    small = cut.module
     trials = certified(exact, small, what, expected)
     small.to(like(net).dtype)
     spec: dict[str, Any] = {
@@ -120,13 +118,13 @@ def prune(
         "config": _config(net),
         **recorded(what),
         "residual": residual,
-        **tables,
+        **cut.tables,
         "certificate": _summary(trials, exact.to(like(net).dtype), small, what),
         "trials": [asdict(trial) | {"image_shape": list(trial.image_shape)} for trial in trials],
         "cost": {"dense": dense, "pruned": _cost(small, what)},
-        "report": vars(report),
+        "report": vars(cut.report),
     }
-    return Pruned(small, spec, report, spec["certificate"]["absolute"])
+    return Pruned(small, spec, cut.report, spec["certificate"]["absolute"])
 
 
 def cut_net(
