@@ -26,7 +26,7 @@ from dnal_mini.graph.layer import Layer, layer_at
 from dnal_mini.graph.ops import in_place, is_random, name_of
 from dnal_mini.graph.outputs import TensorsOnly
 from dnal_mini.graph.places import modules_around
-from dnal_mini.graph.rewrite import as_products, channel_maps, settle_in_place
+from dnal_mini.graph.rewrite import as_products, channel_maps, settle_in_place, without_regions
 from dnal_mini.layers.mixed import parts
 from dnal_mini.refused import Refused
 
@@ -99,7 +99,7 @@ def _exported(net: nn.Module, inputs: Sequence[Any], names: dict[str, str]) -> C
             program = torch.export.export(TensorsOnly(net), tuple(inputs), strict=False)
     except Exception as error:  # whatever the user's forward raises
         raise Refused(_reason(net, error)) from error
-    graph, signature = program.graph, program.graph_signature
+    graph, signature = without_regions(program.graph_module), program.graph_signature
     tensors, constants = {}, {}
     for node in graph.nodes:
         if stack := node.meta.get("nn_module_stack"):

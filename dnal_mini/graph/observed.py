@@ -49,7 +49,9 @@ def difference(
     if [t.shape for t in expected] != [t.shape for t in found]:
         return float("inf")
     largest = 0.0
-    for a, b in ((a.double(), b.double()) for a, b in zip(expected, found, strict=True)):
+    for a, b in (
+        (a.detach().double(), b.detach().double()) for a, b in zip(expected, found, strict=True)
+    ):
         gap = (a - b).abs().nan_to_num(nan=float("inf"))
         gap[(a == b) | (a.isnan() & b.isnan())] = 0
         size = a[a.isfinite()].abs().max() if bool(a.isfinite().any()) else a.new_ones(())

@@ -11,6 +11,46 @@ from dnal_mini.layers.channelmap import ChannelMap, channel_map
 ATEN = torch.ops.aten
 
 
+REGIONS = {
+    "wrap_with_autocast",
+    "wrap_with_set_grad_enabled",
+}  # with torch.autocast(...), no_grad()
+
+
+def without_regions(module: fx.GraphModule) -> fx.Graph:
+    """The graph of a module with what runs in another precision, or without gradient, in its place.
+
+    Which channels an operation reads does not depend on that.
+    """
+    graph = module.graph
+    for node in list(graph.nodes):
+        if getattr(node.target, "__name__", "") not in REGIONS:
+            continue
+        first = next(at for at, x in enumerate(node.args) if isinstance(x, fx.Node))
+        held, *given = node.args[first:]
+        results = _in_line(without_regions(module.get_submodule(held.target)), graph, node, given)
+        for user in list(node.users):  # each takes one result
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        for each in (node, held):
+            graph.erase_node(each)
+    return graph
+
+
+def _in_line(inner: fx.Graph, graph: fx.Graph, before: fx.Node, given: list[Any]) -> Any:
+    """Copy the nodes of a graph in front of a node of another; returns what its output was."""
+    known, arguments, results = {}, iter(given), None
+    with graph.inserting_before(before):
+        for node in inner.nodes:
+            if node.op == "placeholder":
+                known[node] = next(arguments)
+            elif node.op == "output":
+                results = fx.node.map_arg(node.args[0], known.__getitem__)
+            else:
+                known[node] = graph.node_copy(node, known.__getitem__)
+    return results
+
+
 def channel_maps(graph: fx.Graph, net: nn.Module) -> None:
     """One node for the operations of each call of a ChannelMap, in place."""
     calls: dict[tuple[str, str], list[fx.Node]] = {}

@@ -136,7 +136,7 @@ def outputs(net: nn.Module, inputs: Sequence[Any], batch_statistics: bool = Fals
             if isinstance(module, _BatchNorm):
                 module.train(batch_statistics)
         output = net(*again(inputs))
-    return [tensor.double() for tensor in tensors_in(output)]
+    return [tensor.detach().double() for tensor in tensors_in(output)]
 
 
 @contextmanager

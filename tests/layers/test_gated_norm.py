@@ -26,6 +26,12 @@ def noisy(layer: nn.Module) -> nn.Module:
     return layer.double()
 
 
+def without_shift(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """As later releases of torch build one with bias=False."""
+    norm.register_parameter("bias", None)
+    return norm
+
+
 LAYERS = {
     "1d": (nn.BatchNorm1d(5), (4, 5)),
     "1d with length": (nn.BatchNorm1d(5), (4, 5, 7)),
@@ -33,7 +39,7 @@ LAYERS = {
     "3d": (nn.BatchNorm3d(5), (4, 5, 3, 7, 2)),
     "sync": (nn.SyncBatchNorm(5), (4, 5, 3)),
     "no affine": (nn.BatchNorm2d(5, affine=False), (4, 5, 3, 7)),
-    "no shift": (nn.BatchNorm2d(5, bias=False), (4, 5, 3, 7)),
+    "no shift": (without_shift(nn.BatchNorm2d(5)), (4, 5, 3, 7)),
     "convolution": (nn.Conv2d(3, 5, 3), (4, 3, 6, 7)),
     "no bias": (nn.Conv1d(6, 5, 3, groups=1, bias=False), (4, 6, 7)),
     "weight norm": (nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 5, 3)), (4, 3, 6, 7)),
