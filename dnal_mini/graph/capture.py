@@ -8,7 +8,6 @@ gate.
 
 import linecache
 import logging
-import operator
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -155,15 +154,14 @@ def _without_root(stack: dict[str, tuple[str, Any]]) -> dict[str, tuple[str, Any
 
 
 def _outputs_only(graph: fx.Graph, signature: Any) -> None:
-    """The output node returns what the forward does, no buffer that it changes; dead reads go."""
+    """The output node returns what the forward does, no buffer that it changes; idle nodes go."""
     (output,) = (node for node in graph.nodes if node.op == "output")
     count = len(signature.user_outputs)
     output.args = (tuple(output.args[0])[-count:] if count else (),)
     for node in reversed(list(graph.nodes)):
-        checks = node.op == "call_function" and "_assert" in name_of(node)
         counts = in_place(node) and str(node.args[0]).endswith("num_batches_tracked")
-        unread = node.target is operator.getitem
-        if (checks or counts or unread) and not node.users:
+        idle = node.op == "call_function" and not in_place(node)
+        if (counts or idle) and not node.users:
             graph.erase_node(node)
 
 

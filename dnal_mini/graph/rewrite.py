@@ -17,8 +17,8 @@ REGIONS = {
 }  # with torch.autocast(...), no_grad()
 
 
-def without_regions(module: fx.GraphModule) -> fx.Graph:
-    """The graph of a module with what runs in another precision, or without gradient, in its place.
+def without_regions(module: Any) -> fx.Graph:
+    """The graph of a GraphModule with what runs in another precision or without gradient in line.
 
     Which channels an operation reads does not depend on that.
     """
