@@ -134,6 +134,8 @@ class SearchConfig:
     """How a pruned residual branch joins its trunk."""
     tuned_from: Literal["pruned", "scratch"] = "pruned"
     """Stage 3 starts from the weights that are left, or from new random ones."""
+    pad_to: int = 1
+    """Stage 3 runs with zero channels up to a multiple of this: faster where hardware likes it."""
     weights: str = ""
     """File .safetensors with weights to start from; stage 1 then has 0 epochs unless it is told."""
     weights_from: str = ""
@@ -288,13 +290,20 @@ class SearchConfig:
 # They say where and with what, not what: not in comparisons of runs. Paths are kept out of records.
 PATHS = ("data_dir", "weights", "weights_from")
 MEANS = (*PATHS, "checkpoint_s", "devices", "num_nodes", "strategy")
-TUNING = ("fine_tune_epochs", "fine_tune_lr", "fine_tune_schedule", "residual", "tuned_from")
+TUNING = (
+    "fine_tune_epochs",
+    "fine_tune_lr",
+    "fine_tune_schedule",
+    "residual",
+    "tuned_from",
+    "pad_to",
+)
 LATER = ("method", "budget", "floor", "baseline")  # not in stage 1 either
 TINY = 1e-12
 MOST = {int: 10**9, float: 1e30}  # of what has no bound of its own: float32 holds it
 RANGES = {
     "val": (1, math.inf), "train_images": (0, math.inf), "image_size": (0, 65536),
-    "crop": (0, 64), "width": (TINY, 64), "weight_epochs": (0, math.inf),
+    "crop": (0, 64), "pad_to": (1, 1024), "width": (TINY, 64), "weight_epochs": (0, math.inf),
     "fine_tune_epochs": (1, math.inf), "batch": (2, math.inf), "weight_lr": (TINY, math.inf),
     "fine_tune_lr": (TINY, math.inf), "momentum": (0, 1), "weight_decay": (0, math.inf),
     "label_smoothing": (0, 1), "checkpoint_s": (0, math.inf), "devices": (1, 1024),

@@ -44,7 +44,7 @@ def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
         for name, entry in modules.items():
             _prepare(net, name, entry, like)
         for name, axes in spec["keep"].items():
-            _keep(net, name, axes)
+            keep_indices(net, name, axes)
         for name in sorted(modules, key=_is_role):  # a map goes around what is left of a layer
             _replace(net, name, modules[name], like.device)
     except UNFIT as error:
@@ -80,7 +80,7 @@ def _prepare(net: nn.Module, name: str, entry: Mapping[str, Any], like: Tensor) 
         layer.groups, layer.in_channels = groups, len(keep)
 
 
-def _keep(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -> None:
+def keep_indices(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -> None:
     """Keep the given indices of the given axes of a parameter or buffer, in place."""
     parent, _, last = name.rpartition(".")
     owner: Any = net.get_submodule(parent)

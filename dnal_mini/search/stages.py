@@ -12,6 +12,7 @@ from dnal_mini.config import SearchConfig
 from dnal_mini.data.imageset import ImageSet
 from dnal_mini.gating import set_gates, weight_parameters
 from dnal_mini.methods.contract import Subject
+from dnal_mini.pruning.pad import padded
 from dnal_mini.search.floors import collapse_floors
 from dnal_mini.training.devices import from_first
 from dnal_mini.training.loop import fit, only_training
@@ -44,13 +45,18 @@ def fine_tune(
     """Stage 3: train all weights of the pruned net. Changes ``net``.
 
     Source: Guo et al. 2022, Algorithm 1, lines 12-13 [guo2022dnal].
+    Differs: with ``config.pad_to`` above 1 it is run wider, with channels of zeros.
     """
-    return _weights(net, data, stage_of(config, "fine_tune"), session)
+    runs = padded(net, data.image_shape, config.pad_to) if config.pad_to > 1 else None
+    return _weights(net, data, stage_of(config, "fine_tune"), session, runs)
 
 
-def _weights(net: nn.Module, data: ImageSet, stage: Stage, session: Session) -> Iterator[Row]:
+def _weights(
+    net: nn.Module, data: ImageSet, stage: Stage, session: Session, runs: nn.Module | None = None
+) -> Iterator[Row]:
     set_gates(net, mode="off")
-    return run_stage(net, data, stage, Work(({"params": list(weight_parameters(net))},)), session)
+    work = Work(({"params": list(weight_parameters(net))},), runs=runs)
+    return run_stage(net, data, stage, work, session)
 
 
 def arch_stage(

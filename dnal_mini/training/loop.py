@@ -85,7 +85,10 @@ def fit(
     devices, batch = session.devices, stage.feed.batch
     steps = steps_of(data.train, batch, devices.world_size if devices else 1)
     position, first = (start, start.epoch) if isinstance(start, Position) else (None, start)
-    with wrapped(net, optimizer, stage.feed.compiled, devices) as (model, stepper):
+    with wrapped(runs := work.runs or net, optimizer, stage.feed.compiled, devices) as (
+        model,
+        stepper,
+    ):
         loop = _Loop(model, data, stepper, stage, work, session, steps, keep)
         for epoch in range(first, stage.epochs + 1):
             if devices and keep and agreed(session.stopping, False, ASK_EVERY - 1, devices)[0]:
@@ -96,15 +99,15 @@ def fit(
                 work.before_epoch(epoch)
             if stage.reset_momentum and not begin:
                 optimizer.state.clear()
-            net.train()
+            runs.train()
             if stage.bn_mode == "running":
-                _norms_to_eval(net)
+                _norms_to_eval(runs)
             trace = loop.train(epoch, begin, began_s)
             rate = optimizer.param_groups[0]["lr"]
             _check_finite(net, trace, epoch, rate)
             loss, paid, correct = trace.mean(0).tolist()
             train_s = time.perf_counter() - began_s
-            accuracy = evaluate(net, data.val, data, stage.feed, devices=devices)
+            accuracy = evaluate(runs, data.val, data, stage.feed, devices=devices)
             yield {
                 "epoch": epoch,
                 "epochs": stage.epochs,

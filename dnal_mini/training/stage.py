@@ -78,7 +78,8 @@ class Work:
     ``groups``: parameter groups for SGD, all that is trained; all else is frozen. A group may
     multiply the learning rate by its "lr_scale". ``penalty()`` is a scalar with gradient, in units
     of ``Stage.price``. ``before_epoch(epoch)`` and ``after_step(rate)`` may change the network,
-    ``measure()`` adds to an epoch's row, ``remark(row)`` gives further rows.
+    ``measure()`` adds to an epoch's row, ``remark(row)`` gives further rows. ``runs``: what is run
+    in place of the network, on the network's own numbers.
     """
 
     groups: tuple[Mapping[str, Any], ...] = ()
@@ -87,6 +88,7 @@ class Work:
     after_step: Callable[[float], None] | None = None
     measure: Callable[[], Row] | None = None
     remark: Callable[[Row], Iterable[Row]] | None = None
+    runs: nn.Module | None = None
 
     def optimizer(self, stage: Stage) -> torch.optim.Optimizer:
         """SGD over the groups with the stage's momentum and weight decay, each unless its own."""
