@@ -102,6 +102,16 @@ def test_arch_step_prints_ratios_of_time_and_memory(tmp_path, monkeypatch, capsy
     assert row["reached"] == (row["ratio"] <= row["goal"])
 
 
+def test_pad_step_compares_a_cut_net_at_its_widths_and_padded(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    words = "--width 0.07 --batch 4 --steps 2 --precision float32 --shares 0.3"
+    row = run_main("pad_step", words, tmp_path / "new" / "a.jsonl", monkeypatch, capsys)
+    assert set(row["time"]) == {"plain", "cut", "padded"}
+    assert 0.2 < row["macs_share"] < 0.4
+    assert row["ratio"] == min(row["time"][name]["over_plain"] for name in ("cut", "padded"))
+    assert row["reached"] == (row["ratio"] <= row["goal"] == 0.75)
+
+
 def test_loader_prints_the_share_of_speed_that_data_leave(tmp_path, monkeypatch, capsys):
     words = "--width 0.05 --batches 8 --steps 2 --rounds 2 --precision float32"
     row = run_main("loader", words, tmp_path / "l.jsonl", monkeypatch, capsys)

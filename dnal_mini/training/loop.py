@@ -82,13 +82,10 @@ def fit(
     Raises: ValueError if a batch is larger than the training set or cannot be shared evenly;
     FloatingPointError, with what was not finite, if the loss is not.
     """
-    devices, batch = session.devices, stage.feed.batch
+    devices, batch, runs = session.devices, stage.feed.batch, work.runs or net
     steps = steps_of(data.train, batch, devices.world_size if devices else 1)
     position, first = (start, start.epoch) if isinstance(start, Position) else (None, start)
-    with wrapped(runs := work.runs or net, optimizer, stage.feed.compiled, devices) as (
-        model,
-        stepper,
-    ):
+    with wrapped(runs, optimizer, stage.feed.compiled, devices) as (model, stepper):
         loop = _Loop(model, data, stepper, stage, work, session, steps, keep)
         for epoch in range(first, stage.epochs + 1):
             if devices and keep and agreed(session.stopping, False, ASK_EVERY - 1, devices)[0]:
