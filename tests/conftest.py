@@ -2,11 +2,13 @@
 
 import random
 import socket
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from stopwatch import shorten
 
 torch.set_num_threads(1)  # the nets are tiny: threads that wait for each other cost more
 torch.use_deterministic_algorithms(True)
@@ -20,6 +22,14 @@ def seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries may draw from the global generator
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def brief_latencies() -> Iterator[None]:
+    """No run of this process spends two seconds on a stopwatch; no test looks at its times."""
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        yield
 
 
 @pytest.fixture(autouse=True)

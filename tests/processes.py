@@ -12,14 +12,16 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from stopwatch import shorten
 
 from dnal_mini.cli.commands import main
 
 FORKS = sys.platform == "linux"
 CONTEXT: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
-if FORKS:  # a server of their own: it has no threads, no pytest and no tensors
-    CONTEXT.set_forkserver_preload(["dnal_mini.cli.commands", "lightning_fabric"])
+if FORKS:  # a server of their own: it has imported all that they need, and has no threads
+    CONTEXT.set_forkserver_preload([__name__, "lightning_fabric"])
 
 
 def start(said: Path, function: Callable, *arguments: Any, **environment: str) -> BaseProcess:
@@ -65,6 +67,7 @@ def _act(said: Path, environment: dict[str, str], function: Callable, arguments:
     os.environ.update(environment)
     sys.argv = ["nothing"]  # what Fabric would start once more: not the tests
     torch.set_num_threads(1)
+    shorten(pytest.MonkeyPatch())  # as in the process that asks
     with said.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         for number in (1, 2):  # what libraries write below Python's streams goes there too
             os.dup2(file.fileno(), number)

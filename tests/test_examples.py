@@ -1,7 +1,6 @@
 """Every public name has an example in its docstring, and every example is true."""
 
 import doctest
-import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ import pytest
 import torch
 
 import dnal_mini as dnal
-from dnal_mini.measure.latency import latency_pair
 from dnal_mini.models import MODELS
 
 PUBLIC = {name: getattr(dnal, name) for name in dnal.__all__ if name != "models"}
@@ -25,10 +23,8 @@ def examples(thing: object, name: str) -> doctest.DocTest:
 
 @pytest.fixture(autouse=True)
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder to write to, one thread, repeatable numbers, and no long look at the clock."""
+    """A folder to write to, one thread and repeatable numbers."""
     monkeypatch.chdir(tmp_path)
-    brief = functools.partial(latency_pair, budget_s=0.01, min_repeats=2)
-    monkeypatch.setattr("dnal_mini.search.driver.latency_pair", brief)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)

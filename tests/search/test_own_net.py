@@ -4,7 +4,6 @@ The nets are tiny and of odd sizes; what is asked is what a run leaves, not how 
 """
 
 import copy
-import functools
 import importlib
 import json
 import shutil
@@ -28,7 +27,6 @@ from dnal_mini.data.imageset import ImageSet
 from dnal_mini.data.sources import toy_images
 from dnal_mini.gating import gates
 from dnal_mini.measure.cost import cost
-from dnal_mini.measure.latency import latency_pair
 from dnal_mini.methods import METHODS
 from dnal_mini.methods.contract import Method, Subject
 from dnal_mini.models import MODELS
@@ -100,13 +98,6 @@ def told(result: dict) -> dict:
 
 def tensors(folder: Path) -> dict[str, Tensor]:
     return load(folder / "small.safetensors", Net).module.state_dict()
-
-
-@pytest.fixture(autouse=True)
-def briefly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No long look at the clock."""
-    brief = functools.partial(latency_pair, budget_s=0.01, min_repeats=2)
-    monkeypatch.setattr("dnal_mini.search.driver.latency_pair", brief)
 
 
 class Stop(Exception):

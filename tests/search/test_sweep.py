@@ -1,20 +1,17 @@
 """Sweeps: the same results as single runs, trained once where shared, and gone on with."""
 
-import functools
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from dnal_mini.config import Budget, SearchConfig
-from dnal_mini.measure.latency import latency_pair
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.netfile import load
 from dnal_mini.runs import runlog
@@ -70,15 +67,6 @@ class Rows:
         """The runs that trained an epoch of a stage, once per epoch."""
         rows = [(name, row) for name, row in self.seen if row.get("stage") == stage]
         return [n for n, row in rows if row["kind"] == "epoch" and not row.get("taken_over")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def brief_timing() -> Iterator[None]:
-    """Runs in this process measure latencies for a moment only; no test looks at them."""
-    with pytest.MonkeyPatch.context() as patch:
-        brief = functools.partial(latency_pair, budget_s=0.01, min_repeats=2)
-        patch.setattr(search, "latency_pair", brief)
-        yield
 
 
 @pytest.fixture(scope="module")
