@@ -1,16 +1,22 @@
 """What every test stands on: a seed, repeatable kernels, one thread, no network."""
 
+import os
 import random
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from small_runs import CONFIG
 from stopwatch import shorten
 
-torch.set_num_threads(1)  # the nets are tiny: threads that wait for each other cost more
+from dnal_mini.search.driver import run
+
+torch.set_num_threads(1)  # the nets are tiny: threads that wait for each other cost more,
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
 torch.use_deterministic_algorithms(True)
 settings.register_profile("dnal", deadline=None, derandomize=True)
 settings.load_profile("dnal")
@@ -30,6 +36,14 @@ def brief_latencies() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
         yield
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of ``small_runs.CONFIG``, to be copied and left as it is."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    run(CONFIG, folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

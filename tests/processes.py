@@ -21,7 +21,8 @@ from dnal_mini.cli.commands import main
 FORKS = sys.platform == "linux"
 CONTEXT: Any = multiprocessing.get_context("forkserver" if FORKS else "spawn")
 if FORKS:  # a server of their own: it has imported all that they need, and has no threads
-    CONTEXT.set_forkserver_preload(["dnal_mini.cli.commands", "lightning_fabric", "pytest"])
+    WARM = ["dnal_mini.cli.commands", "lightning_fabric", "pytest", "torch.export._trace", "tyro"]
+    CONTEXT.set_forkserver_preload(WARM)
 
 
 def start(said: Path, function: Callable, *arguments: Any, **environment: str) -> BaseProcess:

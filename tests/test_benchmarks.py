@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from dnal_mini.gating import add_gates, arch_parameters, set_gates
+from dnal_mini.gating import add_gates, arch_parameters, gates, set_gates
+from dnal_mini.models import MODELS
 from dnal_mini.runs.runlog import read
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -134,6 +135,17 @@ def test_scaling_prints_three_fits_and_all_points(tmp_path, monkeypatch, capsys)
         "images": 16, "width": 0.05, "batch": 16, "seconds": 0, "all": 0,
     }  # fmt: skip
     assert all(fit["r2"] <= 1 for fit in row["fits"].values())
+
+
+def test_budget_step_prints_what_floors_and_each_cut_take(tmp_path, monkeypatch, capsys):
+    words = "--model vgg16 --width 0.07 --share 0.4"
+    row = run_main("budget_step", words, tmp_path / "b.jsonl", monkeypatch, capsys)
+    count = sum(len(gate.s) for gate in gates(add_gates(MODELS["vgg16"](10, 0.07))).values())
+    assert row["gates"] == 13
+    assert 0 < row["kept"] < count
+    assert 2 ** (row["steps"] - 1) <= 2 * count, "it halves what is left"
+    assert row["step_s"] <= row["slowest_step_s"] <= row["bisection_s"]
+    assert row["reached"] == (row["step_s"] <= row["goal_s"])
 
 
 def test_the_fits_find_the_laws_that_made_the_points():

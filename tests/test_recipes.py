@@ -1,13 +1,17 @@
 """Every recipe is built and run; the paper's say what the paper says."""
 
 import pytest
+from small_nets import make_shallow
 
 from dnal_mini.recipes import RECIPES
 from dnal_mini.search.driver import run
 
 
+@pytest.mark.parametrize("deep", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_goes_the_whole_road_on_toy_images(name, tmp_path):
+def test_every_recipe_goes_the_whole_road_on_toy_images(name, deep, monkeypatch, tmp_path):
+    if not deep:
+        make_shallow(monkeypatch)
     recipe = RECIPES[name]().replace(
         data="toy",
         val=32,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_nets import NETS, SHAPE, draw_gates, gated, outputs, relative_difference, settled
+from small_runs import changed
 from torch import nn
 
 from dnal_mini import recipes
@@ -25,6 +26,7 @@ from dnal_mini.measure.authors import (
 )
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.pruner import prune
+from dnal_mini.runs import runlog
 from dnal_mini.runs.aggregate import differences
 from dnal_mini.search.driver import run
 
@@ -140,13 +142,6 @@ def test_gates_of_a_net_are_drawn_as_the_share_says():
 # --- what a setting changes, from records -----------------------------------------------------
 
 
-TOY = SearchConfig().replace(
-    name="toy", data="toy", val=32, model="vgg16", width=0.07, weight_epochs=1, arch_epochs=3,
-    fine_tune_epochs=1, batch=64, arch_lr=5.0, gate_price=1e-3, precision="float32",
-    channels_last=False, baseline="none",
-)  # fmt: skip
-
-
 def result(seed: int, accuracy: float, macs: int, **config: object) -> list[dict]:
     """A record as short as it gets."""
     setting = {"name": "made", "seed": seed} | config
@@ -184,15 +179,12 @@ def test_without_records_or_a_base_run_there_is_nothing_to_say(tmp_path):
     assert differences(tmp_path.glob("*"), tmp_path.glob("base*")) == []
 
 
-def test_records_of_real_runs_are_read(tmp_path):
-    variants = {"base": TOY, "price_form": TOY.replace(objective="code")}
-    last = {}
-    for name, config in variants.items():
-        last[name] = run(config, tmp_path / name)
-        (tmp_path / name / "record.jsonl").rename(tmp_path / f"{name}-seed0.jsonl")
-    (row,) = differences(tmp_path.glob("price*.jsonl"), tmp_path.glob("base*.jsonl"))
+def test_records_of_real_runs_are_read(finished, tmp_path):
+    other = run(changed(objective="code"), tmp_path / "price-form")
+    (row,) = differences([tmp_path / "price-form"], [finished])
     assert row["changed"] == {"objective": "code"}
-    share = [last[name]["macs"][1] / last[name]["macs"][0] for name in variants]
+    base = runlog.read(finished)[-1]
+    share = [last["macs"][1] / last["macs"][0] for last in (base, other)]
     assert row["macs_kept"] == pytest.approx([share[1] - share[0]])
 
 

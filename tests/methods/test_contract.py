@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from small_nets import make_shallow
 
 from dnal_mini.config import Budget, SearchConfig
 from dnal_mini.data.sources import toy_images
@@ -91,7 +92,9 @@ def test_a_widther_that_expands_gets_exactly_its_widths_and_new_weights(stubs, t
     assert "expand" in tables.final_table(rows)
 
 
-def test_a_designer_may_draw_another_network(stubs, tmp_path):
+def test_a_designer_may_draw_another_network(stubs, monkeypatch, tmp_path):
+    make_shallow(monkeypatch)
+
     class Stop(Exception):
         pass
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from small_runs import changed
 from torch import nn
 
-from dnal_mini.config import Budget, SearchConfig
+from dnal_mini.config import Budget
 from dnal_mini.data.sources import toy_images
 from dnal_mini.gating import add_gates, gates
 from dnal_mini.methods import METHODS
@@ -16,19 +17,10 @@ from dnal_mini.search.driver import run
 from dnal_mini.search.inputs import load_data
 
 DATA = toy_images(seed=0, val=32, image_shape=(3, 32, 32))
-CONFIG = SearchConfig().replace(
-    name="toy", data="toy", val=32, width=0.07, weight_epochs=1, arch_epochs=2, fine_tune_epochs=1,
-    batch=64, arch_lr=5.0, gate_price=1e-3, precision="float32", channels_last=False,
-    baseline="none",
-)  # fmt: skip
 
 
 def values(net: nn.Module, rule: str, seed: int = 0) -> Values:
     return METHODS[rule]().values(Subject(net, DATA, seed))
-
-
-def changed(**fields) -> SearchConfig:
-    return CONFIG.replace(**fields)
 
 
 @pytest.mark.parametrize("order", ["conv-bn-ss-relu", "conv-bn-relu-ss", "conv-ss-bn-relu"])
@@ -91,7 +83,7 @@ def test_a_gate_without_its_convolution_is_refused():
 
 @pytest.mark.parametrize("rule", ["random", "uniform", "l1-norm"])
 def test_a_run_by_a_rule_meets_its_target_without_a_search(tmp_path, rule):
-    config = changed(method=rule, budget=Budget(macs=0.5))
+    config = changed(method=rule, budget=Budget(macs=0.5), baseline="none")
     result = run(config, tmp_path / "run")
     stages = {row["stage"] for row in runlog.epochs(tmp_path / "run")}
     assert stages == {"weight_stage", "fine_tune"}
@@ -103,15 +95,13 @@ def test_a_rule_needs_a_budget():
         changed(method="random")
 
 
-def test_from_scratch_keeps_the_architecture_and_no_weight(tmp_path):
-    run(CONFIG, tmp_path / "first")
-    again = changed(tuned_from="scratch", weights_from=str(tmp_path / "first"))
-    run(again, tmp_path / "scratch")
-    first, scratch = (runlog.read(tmp_path / name) for name in ("first", "scratch"))
+def test_from_scratch_keeps_the_architecture_and_no_weight(finished, tmp_path):
+    run(changed(tuned_from="scratch", weights_from=str(finished)), tmp_path / "scratch")
+    first, scratch = runlog.read(finished), runlog.read(tmp_path / "scratch")
     cuts = [next(r for r in rows if r["kind"] == "prune") for rows in (first, scratch)]
     assert cuts[0]["channels"] == cuts[1]["channels"]
     taken = {row["stage"] for row in runlog.epochs(scratch) if row.get("taken_over")}
-    assert taken == {"weight_stage", "arch_stage"}  # nothing of it was trained again
+    assert taken == {"weight_stage", "baseline", "arch_stage"}  # nothing of it was trained again
     tuned = [[r["loss"] for r in runlog.epochs(rows) if r["stage"] == "fine_tune"] for rows in (
         first, scratch)]  # fmt: skip
     assert tuned[0] != tuned[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from small_runs import CONFIG, Stop, changed, copy_of, stopped_at, told
 
 from dnal_mini.cli.commands import main
 from dnal_mini.data.imageset import Split
@@ -18,27 +19,20 @@ from dnal_mini.runs import runlog
 from dnal_mini.runs.checkpoint import Checkpoints, load_state
 from dnal_mini.runs.reopen import saved, settings_in
 from dnal_mini.search.driver import run
-from tests.runs.test_runfolder import changed, told
 
-TINY = changed(baseline="none", arch_epochs=2, fine_tune_epochs=1)
-
-
-class Stop(Exception):
-    pass
+TINY = changed(baseline="none", arch_epochs=2, fine_tune_epochs=1)  # of a folder of images
 
 
-def stop(row):
-    if row.get("stage") == "arch_stage":
-        raise Stop
+stop = stopped_at("arch_stage", 1)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(finished, tmp_path_factory) -> Path:
     """Folders of the same run: over, and stopped in its second stage."""
     root = tmp_path_factory.mktemp("runs")
-    run(TINY, root / "over")
+    copy_of(finished, root / "over")
     with pytest.raises(Stop):
-        run(TINY, root / "stopped", on_row=stop)
+        run(CONFIG, root / "stopped", on_row=stop)
     return root
 
 
@@ -48,7 +42,7 @@ def test_settings_that_were_edited_are_told_with_both_values(runs, tmp_path, nam
     path = tmp_path / "run" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"gate_price": 0.5}))
     both = r"config\.json with gate_price=0\.5, the record beside it with 0\.001; need .*; do"
-    for config in (TINY, TINY.replace(gate_price=0.5)):
+    for config in (CONFIG, CONFIG.replace(gate_price=0.5)):
         with pytest.raises(Refused, match=both):
             run(config, tmp_path / "run")
     capsys.readouterr()
@@ -56,7 +50,7 @@ def test_settings_that_were_edited_are_told_with_both_values(runs, tmp_path, nam
     (line,) = capsys.readouterr().err.splitlines()
     assert "with gate_price=0.5, the record beside it with 0.001" in line
     with pytest.raises(Refused, match=both):
-        run(TINY.replace(weights_from=str(tmp_path / "run")), tmp_path / "new")
+        run(CONFIG.replace(weights_from=str(tmp_path / "run")), tmp_path / "new")
 
 
 def write_images(root: Path, seed: int) -> None:
@@ -144,7 +138,7 @@ def test_a_flipped_bit_in_any_file_is_told_or_changes_nothing(runs, tmp_path, na
     whole = read(folder)
     for path in sorted(path for path in folder.iterdir() if path.stat().st_size):
         content, noticed = path.read_bytes(), 0
-        for _ in range(40 if path.suffix.startswith(".json") else 10):
+        for _ in range(20 if path.suffix.startswith(".json") else 5):
             flip(path, draw)
             refused = ""
             with warnings.catch_warnings(record=True) as said:
@@ -165,5 +159,5 @@ def test_a_run_goes_on_over_a_flipped_bit_to_the_same_end(runs, tmp_path):
     flip(folder / "arch_stage.pt", random.Random(0))
     shutil.copy(runs / "stopped" / "arch_stage.pt", folder / "arch_stage.before.pt")
     with pytest.warns(UserWarning, match=r"arch_stage\.pt, which .*; went on from the one before"):
-        result = run(TINY, folder)
+        result = run(CONFIG, folder)
     assert told(result) == told(runlog.read(runs / "over")[-1])

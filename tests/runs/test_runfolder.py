@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ended, start
+from small_runs import CONFIG, Stop, changed, copy_of, stopped_at, told
 from systems import device
 from torch import nn
 
-from dnal_mini.config import SearchConfig
 from dnal_mini.data.sources import toy_images
 from dnal_mini.gating import add_gates
 from dnal_mini.methods.dnal import DNAL
@@ -23,31 +22,11 @@ from dnal_mini.runs.reopen import settings_in
 from dnal_mini.runs.runfolder import RunFolder
 from dnal_mini.search.driver import run
 
-CONFIG = SearchConfig().replace(
-    name="toy",
-    data="toy",
-    val=32,
-    model="vgg16",
-    width=0.07,
-    weight_epochs=1,
-    arch_epochs=3,
-    fine_tune_epochs=2,
-    batch=64,
-    arch_lr=5.0,
-    gate_price=1e-3,
-    precision="float32",
-    channels_last=False,
-    checkpoint_s=0.0,
-)
 DATA = toy_images(val=32)
 
 
-def changed(**fields) -> SearchConfig:
-    return CONFIG.replace(**fields)
-
-
-def test_stage_one_can_be_taken_over_by_a_run_at_another_price(tmp_path):
-    run(CONFIG, tmp_path / "first")
+def test_stage_one_can_be_taken_over_by_a_run_at_another_price(finished, tmp_path):
+    copy_of(finished, tmp_path / "first")
     dearer = changed(gate_price=2e-3)
     alone = run(dearer, tmp_path / "alone")
     taken = run(dearer.replace(weights_from=str(tmp_path / "first")), tmp_path / "taken")
@@ -90,13 +69,13 @@ def halve(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path):
-    whole = run(changed(baseline="none"), tmp_path / "run")
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(finished, tmp_path):
+    _, whole = copy_of(finished, tmp_path / "run")
     losses = [row["loss"] for row in runlog.epochs(tmp_path / "run")]
     without_result(tmp_path / "run")
     halve(tmp_path / "run" / "arch_stage.pt")
     with pytest.warns(UserWarning, match=r"arch_stage\.pt, which cannot be read; went on from"):
-        again = run(changed(baseline="none"), tmp_path / "run")
+        again = run(CONFIG, tmp_path / "run")
     assert again["fine_tuned_accuracy"] == whole["fine_tuned_accuracy"]
     assert [row["loss"] for row in runlog.epochs(tmp_path / "run")] == losses
     without_result(tmp_path / "run")
@@ -106,12 +85,11 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(tmp_path):
         pytest.warns(UserWarning, match="went on from the one before"),
         pytest.raises(ValueError, match=r"before\.pt, which cannot be read; remove it"),
     ):
-        run(changed(baseline="none"), tmp_path / "run")
+        run(CONFIG, tmp_path / "run")
 
 
-def test_a_bit_that_flips_in_a_checkpoint_is_told(tmp_path):
-    run(changed(baseline="none"), tmp_path / "run")
-    path = tmp_path / "run" / "fine_tune.pt"
+def test_a_bit_that_flips_in_a_checkpoint_is_told(finished, tmp_path):
+    path = copy_of(finished, tmp_path / "run")[0] / "fine_tune.pt"
     whole = path.read_bytes()
     epochs = load_state(path)["epoch"]
     path.write_bytes(whole[: whole.index(checkpoint.SUM)])  # as older versions wrote it
@@ -120,19 +98,6 @@ def test_a_bit_that_flips_in_a_checkpoint_is_told(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(ValueError, match=r"fine_tune\.pt, which cannot be read"):
             load_state(path)
-
-
-def test_a_folder_that_is_being_written_is_refused_to_a_second_process(tmp_path):
-    said, refused = tmp_path / "said", []
-
-    def second(row):
-        if row["kind"] == "epoch" and not refused:
-            assert ended(start(said, run, CONFIG, tmp_path / "run")) == [1]
-            refused.append(said.read_text().splitlines()[-1])
-
-    result = run(changed(weight_epochs=1), tmp_path / "run", on_row=second)
-    assert "which another process is writing; need one at a time" in refused[0]
-    assert run(CONFIG, tmp_path / "run") == result  # a finished one may be read by anybody
 
 
 def failing(error: Exception):
@@ -178,8 +143,8 @@ def test_where_folders_cannot_be_opened_a_file_is_written_whole_all_the_same(tmp
     assert path.with_suffix(".before").read_bytes() == b"one"
 
 
-def test_a_record_that_was_cut_is_whole_again_after_resuming(tmp_path):
-    run(CONFIG, tmp_path / "run")
+def test_a_record_that_was_cut_is_whole_again_after_resuming(finished, tmp_path):
+    copy_of(finished, tmp_path / "run")
     record = tmp_path / "run" / "record.jsonl"
     rows = runlog.read(record)
     lines = record.read_bytes().splitlines(keepends=True)
@@ -191,47 +156,32 @@ def test_a_record_that_was_cut_is_whole_again_after_resuming(tmp_path):
     assert [told(row) for row in kept] == [told(row) for row in rows]
 
 
-def told(row: dict) -> dict:
-    """A row without what no two runs share."""
-    times = {"seconds", "images_per_s", "latency_s", "created"}
-    return {name: value for name, value in row.items() if name not in times}
-
-
-def test_a_full_disk_is_one_line_and_nothing_is_lost(tmp_path):
+def test_a_full_disk_is_one_line_and_nothing_is_lost(finished, tmp_path):
     folder = tmp_path / "run"
 
     def fill(row):
         if row.get("stage") == "arch_stage" and row["epoch"] == 1:
             (folder / "arch_stage.pt.part").symlink_to(device("/dev/full"))
 
-    whole = run(changed(baseline="none"), tmp_path / "whole")
     with pytest.raises(ValueError, match=r"got No space left on device for .*; need room"):
-        run(changed(baseline="none"), folder, on_row=fill)
+        run(CONFIG, folder, on_row=fill)
     assert not (folder / "arch_stage.pt.part").exists()
-    result = run(changed(baseline="none"), folder)
-    assert told(result) == told(whole)
+    result = run(CONFIG, folder)
+    assert told(result) == told(runlog.read(finished)[-1])
 
 
-def test_another_clock_and_another_host_change_nothing(tmp_path, monkeypatch):
-    class Stop(Exception):
-        pass
-
-    def stop(row):
-        if row.get("stage") == "arch_stage":
-            raise Stop
-
-    whole = run(CONFIG, tmp_path / "whole")
+def test_another_clock_and_another_host_change_nothing(finished, tmp_path, monkeypatch):
     with pytest.raises(Stop):
-        run(CONFIG, tmp_path / "cut", on_row=stop)
+        run(CONFIG, tmp_path / "cut", on_row=stopped_at("arch_stage", 1))
     monkeypatch.setattr("time.time", lambda: 0.0)  # back in 1970
     monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
     monkeypatch.setattr("platform.node", lambda: "elsewhere")
-    assert told(run(CONFIG, tmp_path / "cut")) == told(whole)
+    assert told(run(CONFIG, tmp_path / "cut")) == told(runlog.read(finished)[-1])
 
 
-def test_a_field_that_is_newer_than_the_run_counts_as_its_default(tmp_path):
-    result = run(CONFIG, tmp_path / "run")
-    path = tmp_path / "run" / "config.json"
+def test_a_field_that_is_newer_than_the_run_counts_as_its_default(finished, tmp_path):
+    folder, result = copy_of(finished, tmp_path / "run")
+    path = folder / "config.json"
     settings = json.loads(path.read_text())
     del settings["label_smoothing"]
     path.write_text(json.dumps(settings))

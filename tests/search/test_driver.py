@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from small_runs import CONFIG, Stop, changed, stopped_at, told
 from torch import nn
 
 from dnal_mini.config import Budget, SearchConfig
@@ -19,26 +20,6 @@ from dnal_mini.search.driver import run
 from dnal_mini.search.floors import collapse_floors, keep_alive
 from dnal_mini.search.inputs import build, load_data
 from dnal_mini.search.stages import arch_stage, fine_tune, weight_stage
-
-CONFIG = SearchConfig().replace(
-    name="toy",
-    data="toy",
-    val=32,
-    model="vgg16",
-    width=0.07,
-    weight_epochs=1,
-    arch_epochs=3,
-    fine_tune_epochs=2,
-    batch=64,
-    arch_lr=5.0,
-    gate_price=1e-3,
-    precision="float32",
-    channels_last=False,
-)
-
-
-def changed(**fields) -> SearchConfig:
-    return CONFIG.replace(**fields)
 
 
 def gated_net(config: SearchConfig = CONFIG):
@@ -204,29 +185,15 @@ def test_a_run_writes_its_record_and_opens_the_test_set_once_at_the_end(tmp_path
 
 
 @pytest.mark.parametrize(("stage", "epoch"), [("baseline", 2), ("arch_stage", 2), ("fine_tune", 1)])
-def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, stage, epoch):
-    class Stop(Exception):
-        pass
-
-    def stop(row):
-        if (row.get("stage"), row.get("epoch"), row["kind"]) == (stage, epoch, "epoch"):
-            raise Stop
-
-    whole = run(CONFIG, tmp_path / "whole")
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(finished, tmp_path, stage, epoch):
     with pytest.raises(Stop):
-        run(CONFIG, tmp_path / "cut", on_row=stop)
+        run(CONFIG, tmp_path / "cut", on_row=stopped_at(stage, epoch))
     resumed = run(CONFIG, tmp_path / "cut")
-    timed = {"latency_s", "seconds"}
-    assert {n: v for n, v in resumed.items() if n not in timed} == {
-        n: v for n, v in whole.items() if n not in timed
-    }
+    assert told(resumed) == told(runlog.read(finished)[-1])
     ours = tensors(tmp_path / "cut" / "small.safetensors")
-    for name, value in tensors(tmp_path / "whole" / "small.safetensors").items():
+    for name, value in tensors(finished / "small.safetensors").items():
         assert torch.equal(value, ours[name]), name
-    losses = [
-        [row["loss"] for row in runlog.epochs(tmp_path / folder / "record.jsonl")]
-        for folder in ("whole", "cut")
-    ]
+    losses = [[row["loss"] for row in runlog.epochs(path)] for path in (finished, tmp_path / "cut")]
     assert losses[0] == losses[1]
 
 

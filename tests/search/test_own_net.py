@@ -9,7 +9,6 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
+from small_nets import make_shallow
+from small_runs import Stop, stopped_at
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -100,18 +101,6 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     return load(folder / "small.safetensors", Net).module.state_dict()
 
 
-class Stop(Exception):
-    pass
-
-
-def stopped_at(stage: str, epoch: int) -> Callable[[dict], None]:
-    def stop(row: dict) -> None:
-        if (row["kind"], row.get("stage"), row.get("epoch")) == ("epoch", stage, epoch):
-            raise Stop
-
-    return stop
-
-
 # One call -----------------------------------------------------------------------------------------
 
 
@@ -164,7 +153,8 @@ def test_every_method_of_ours_decides_about_a_net_of_the_users(tmp_path, method)
     assert result["macs"][1] / result["macs"][0] == pytest.approx(0.5, abs=0.15)
 
 
-def test_one_of_ours_takes_loaders_and_learns_its_classes_from_their_labels(tmp_path):
+def test_one_of_ours_takes_loaders_and_learns_its_classes_from_their_labels(tmp_path, monkeypatch):
+    make_shallow(monkeypatch)
     parts = toy(classes=5, image_shape=(3, 16, 16))
     sets = [Shaken(p.images, p.labels) for p in (parts.train, parts.val, parts.test)]
     config = CONFIG.replace(model="resnet56", weight_epochs=1, arch_epochs=1, fine_tune_epochs=1)
@@ -611,7 +601,6 @@ def test_a_sweep_and_a_resumed_run_build_the_net_by_its_name(place, capsys):
         run(config, "run", on_row=stopped_at("arch_stage", 1))
     assert main(["resume", "run"]) == 0
     assert sweep(config, [1e-2, 1e-3], [0], "sweep") == {}
-    assert sweep(config, [1e-2, 1e-3], [0], "sweep", jobs=2) == {}
     again: dict[str, dict] = {}
     assert sweep(config, [1e-2, 1e-3, 3e-2], [0], "sweep", jobs=2, on_row=again.__setitem__) == {}
     assert again.keys() - {"seed0/shared"} == {"seed0/price0.03"}

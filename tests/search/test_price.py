@@ -3,12 +3,16 @@
 import itertools
 import math
 import random
+from pathlib import Path
 
 import pytest
+from small_runs import Stop, changed
+from torch import nn
 
-from dnal_mini.config import Budget, SearchConfig
+from dnal_mini.config import Budget
 from dnal_mini.runs import runlog
 from dnal_mini.search.driver import run
+from dnal_mini.search.floors import collapse_floors
 from dnal_mini.search.price import MAX_PROBES, TOLERANCE, best_probe, is_hit, next_price
 
 
@@ -83,43 +87,62 @@ def test_a_hit_is_relative_to_the_target():
     assert not is_hit(0.03, 0.035)
 
 
-CONFIG = SearchConfig().replace(
-    name="toy", data="toy", val=32, width=0.07, weight_epochs=1, arch_epochs=4, fine_tune_epochs=1,
-    baseline="none", batch=64, arch_lr=1.0, gate_price=1e-3, budget=Budget(macs=0.4),
-    precision="float32", channels_last=False,
-)  # fmt: skip
+CONFIG = changed(
+    arch_epochs=4, fine_tune_epochs=1, baseline="none", arch_lr=1.0, budget=Budget(macs=0.4)
+)
 
 
-def test_a_run_with_a_target_finds_its_price_and_says_so(tmp_path):
-    result = run(CONFIG, tmp_path / "run")
-    rows = runlog.read(tmp_path / "run")
+ASKED: list[str] = []  # the nets whose floors were asked for, by class
+
+
+def counted(net: nn.Module, *given) -> dict[str, int]:
+    ASKED.append(type(net).__name__)
+    return collapse_floors(net, *given)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has found its price."""
+    folder = tmp_path_factory.mktemp("price") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("driver", "stages", "floors"):
+            patch.setattr(f"dnal_mini.search.{name}.collapse_floors", counted)
+        run(CONFIG, folder)
+    return folder
+
+
+def test_a_run_with_a_target_finds_its_price_and_says_so(whole):
+    rows = runlog.read(whole)
+    result = rows[-1]
     probes = [(row["price_asked"], row["macs_share"]) for row in rows if row["kind"] == "probe"]
     assert probes[0][0] == CONFIG.method.gate_price
     assert len(probes) <= MAX_PROBES
     assert result["gate_price"] == best_probe(probes, 0.4)[0]
-    assert not list((tmp_path / "run").glob("probe*"))
+    assert not list(whole.glob("probe*"))
     assert abs(result["macs"][1] / result["macs"][0] / 0.4 - 1) <= 0.03
     (cut,) = [row for row in rows if row["kind"] == "prune"]
     assert cut["shift"] != 0
 
 
-def test_a_search_for_a_price_that_is_interrupted_goes_on(tmp_path):
-    class Stop(Exception):
-        pass
+def test_the_floors_are_computed_once_in_a_run_with_a_budget_and_probes(whole):
+    rows = runlog.read(whole)
+    assert len([row for row in rows if row["kind"] == "probe"]) >= 2
+    assert ASKED == ["VGG16"]
 
+
+def test_a_search_for_a_price_that_is_interrupted_goes_on(whole, tmp_path):
     def stop(row):
         if row["kind"] == "probe" or (row.get("stage") == "probe_2" and row["epoch"] == 2):
             raise Stop
 
-    run(CONFIG, tmp_path / "whole")
     for _ in range(2):
         with pytest.raises(Stop):
             run(CONFIG, tmp_path / "cut", on_row=stop)
     run(CONFIG, tmp_path / "cut")
     found = [
-        [(row["price_asked"], row["macs_share"]) for row in runlog.read(tmp_path / name)
+        [(row["price_asked"], row["macs_share"]) for row in runlog.read(folder)
          if row["kind"] == "probe"]
-        for name in ("whole", "cut")
+        for folder in (whole, tmp_path / "cut")
     ]  # fmt: skip
     assert len(found[0]) >= 2
     assert found[0] == found[1]

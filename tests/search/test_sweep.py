@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import changed
 
 from dnal_mini.config import Budget, SearchConfig
 from dnal_mini.models import MODELS
@@ -18,20 +19,7 @@ from dnal_mini.runs import runlog
 from dnal_mini.search import driver, sweep
 from dnal_mini.search import driver as search
 
-CONFIG = SearchConfig().replace(
-    name="toy",
-    data="toy",
-    val=32,
-    model="vgg16",
-    width=0.05,
-    weight_epochs=2,
-    arch_epochs=1,
-    fine_tune_epochs=1,
-    batch=64,
-    arch_lr=5.0,
-    precision="float32",
-    channels_last=False,
-)
+CONFIG = changed(weight_epochs=2, arch_epochs=1, fine_tune_epochs=1)
 PRICES = (1e-3, 3e-2)
 
 
@@ -281,7 +269,9 @@ def test_a_process_that_is_killed_is_a_run_that_failed(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends the process there at once")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_an_interrupt_reaches_every_process_and_the_same_call_goes_on(number, tmp_path):
     config = CONFIG.replace(baseline="none", weight_epochs=1)
     running: dict[str, int] = {}

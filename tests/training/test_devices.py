@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
-from processes import dnal, ended, ranks
+from processes import dnal, ended, ranks, start
 from torch import nn
 
 from dnal_mini.cli.commands import main
@@ -50,9 +50,17 @@ def succeed(*words: object) -> str:
     return done.stdout
 
 
-def test_two_processes_give_the_losses_weights_and_evaluation_of_one(tmp_path):
-    two_processes.main(tmp_path / "one.pt")
-    succeed(*TORCHRUN, SCRIPT, tmp_path / "two.pt")
+STARTED = ["forked", pytest.param("command", marks=pytest.mark.slow)]  # 20 s of imports
+
+
+@pytest.mark.parametrize("how", STARTED)
+def test_two_processes_give_the_losses_weights_and_evaluation_of_one(tmp_path, how):
+    assert ended(start(tmp_path / "one.said", two_processes.main, tmp_path / "one.pt")) == [0]
+    if how == "command":
+        succeed(*TORCHRUN, SCRIPT, tmp_path / "two.pt")
+    else:
+        said = tmp_path / "two.said"
+        assert ended(*ranks(2, said, two_processes.main, tmp_path / "two.pt")) == [0, 0]
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
     torch.testing.assert_close(
         torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-10, atol=1e-12
@@ -63,10 +71,16 @@ def test_two_processes_give_the_losses_weights_and_evaluation_of_one(tmp_path):
     assert two["norm"] == "GatedBatchNorm2d"  # its own class again
 
 
-def test_the_command_starts_its_processes_and_ends_as_one_does(tmp_path):
+@pytest.mark.parametrize("how", STARTED)
+def test_two_processes_of_the_command_end_as_one_does(tmp_path, how):
     said = tmp_path / "one.said"
     assert ended(dnal(said, "run", "digits", *WORDS, "--out", tmp_path / "one")) == [0]
-    shared = succeed(*COMMAND, "--devices", 2, "--out", tmp_path / "two")
+    words = [*WORDS, "--out", str(tmp_path / "two")]
+    if how == "command":  # which starts the second process
+        shared = succeed(*COMMAND, "--devices", 2, "--out", tmp_path / "two")
+    else:
+        assert ended(*ranks(2, tmp_path / "two.said", main, ["run", "digits", *words])) == [0, 0]
+        shared = "".join((tmp_path / f"two.{n}").read_text() for n in (0, 1))
     assert shared.count("test accuracy") == said.read_text().count("test accuracy") == 1
     records = [runlog.read(tmp_path / name) for name in ("one", "two")]
     kinds = [[(row["kind"], row.get("stage")) for row in rows] for rows in records]
@@ -79,7 +93,7 @@ def test_the_command_starts_its_processes_and_ends_as_one_does(tmp_path):
     record = tmp_path / "two" / "record.jsonl"
     record.write_text("".join(record.read_text().splitlines(keepends=True)[:-2]))
     (tmp_path / "two" / "fine_tune.pt").unlink()
-    assert ended(dnal(said, "run", "digits", *WORDS, "--out", tmp_path / "two")) == [0]
+    assert ended(dnal(said, "run", "digits", *words)) == [0]
     assert tables.summary(tmp_path / "two")["finished"]
 
 
