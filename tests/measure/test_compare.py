@@ -281,8 +281,10 @@ def test_every_form_without_a_gain_is_named_with_its_speed_up():
     assert gain.startswith("Largest gain: 3.00 times faster in eager at batch 1")
     assert lost == (
         "No gain, with the speed-up: eager at batch 8, 0.5 (0.5 to 0.5); "
-        "deployed at batch 8, 1.04 (1.04 to 1.04); deployed at batch 64, 1.5 (1.5 to 1.5)."
+        "deployed at batch 8, 1.04 (1.04 to 1.04); "
+        "not told apart: deployed at batch 64, 1.5 (1.5 to 1.5)."
     )
+    assert speed_words(rows[3:], 4.0) == ["Not told apart: deployed at batch 64, 1.5 (1.5 to 1.5)."]
 
 
 def test_no_gain_anywhere_is_said_first():
