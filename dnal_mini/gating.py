@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import example_inputs as taken_by
-from dnal_mini.graph.inputs import given
+from dnal_mini.graph.inputs import given, like
 from dnal_mini.graph.layer import CONVS
 from dnal_mini.graph.observed import (
     activations_behind,
@@ -84,7 +84,12 @@ def add_gates(
     if gates(net):
         raise Refused("got a net that has gates already; need a plain one: gate a fresh net")
     inputs = taken_by(net, given(net, image_shape, example_inputs))
-    sites = _sites(net, where, inputs)
+    sites = gate_sites(net, where, inputs)
+    if not sites:
+        raise Refused(
+            "got no BatchNorm to gate, and no convolution before another layer; need at least "
+            "one: change `where` or the network"
+        )
     late: dict[str, str] = {}
     if order == "conv-bn-relu-ss":
         late = activations_behind(net, _known(inputs), sites)
@@ -92,17 +97,17 @@ def add_gates(
     for name in sites:
         layer = gated.get_submodule(name)
         if name in late:
-            put_gate(layer, GatedLate, late[name])
+            put_gate(layer, GatedLate, like(net), late[name])
         else:
             first = order == "conv-ss-bn-relu" and isinstance(layer, _BatchNorm)
-            put_gate(layer, GatedFirst if first else Gated)
+            put_gate(layer, GatedFirst if first else Gated, like(net))
     if inputs is not None:
         _compare(net, gated, inputs, sites)
     return gated
 
 
-def _sites(net: nn.Module, where: Where | None, inputs: tuple | None) -> list[str]:
-    """Names of the layers that get a gate."""
+def gate_sites(net: nn.Module, where: Where | None, inputs: tuple | None) -> list[str]:
+    """Names of the layers to which ``add_gates`` gives a gate; ``inputs``: what the net takes."""
     own = getattr(net, "gate_here", None)
     chosen = where or ((lambda name, layer: own(name)) if own else (lambda name, layer: True))
     layers: dict[str, nn.Module]
@@ -112,13 +117,7 @@ def _sites(net: nn.Module, where: Where | None, inputs: tuple | None) -> list[st
         layers = {name: m for name, m in there.items() if isinstance(m, CONVS)}
         ends = convolutions_at_the_end(net, _known(inputs)) if layers else set()
         layers = {name: m for name, m in layers.items() if name not in ends}
-    sites = [name for name, layer in layers.items() if chosen(name, layer)]
-    if not sites:
-        raise Refused(
-            "got no BatchNorm to gate, and no convolution before another layer; need at least "
-            "one: change `where` or the network"
-        )
-    return sites
+    return [name for name, layer in layers.items() if chosen(name, layer)]
 
 
 def _known(inputs: tuple | None) -> tuple:

@@ -262,3 +262,11 @@ def test_parameters_are_split_without_rest():
 def test_mistakes_get_one_line(call):
     with pytest.raises(ValueError, match=r"^got [^\n]+$"):
         call(small_net())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_gate_of_a_norm_without_numbers_is_like_the_rest_of_the_net(dtype: torch.dtype):
+    norm = nn.BatchNorm2d(5, affine=False, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3), norm, nn.Conv2d(5, 4, 1)).to(dtype)
+    (gate,) = gates(add_gates(net)).values()
+    assert (gate.s.dtype, gate.delta.dtype) == (dtype, dtype)

@@ -86,8 +86,12 @@ class Awaiting(Tensor):
             return x.copy_(gate(value))  # who reads x afterwards sees what the gate lets through
 
 
-def put_gate(layer: Any, kind: type[Gated] = Gated, follows: str = "") -> None:
+def put_gate(
+    layer: Any, kind: type[Gated] = Gated, like: Tensor | None = None, follows: str = ""
+) -> None:
     """Give a BatchNorm or a convolution a gate on its device and in its dtype, in place.
+
+    ``like`` tells them for a norm that has no numbers of its own.
 
     Raises: ValueError for a layer whose forward or attributes leave no place for one.
     """
@@ -95,10 +99,11 @@ def put_gate(layer: Any, kind: type[Gated] = Gated, follows: str = "") -> None:
         has = "a forward of its own put over it" if "forward" in vars(layer) else "a `gate`"
         raise Refused(f"got a {type(layer).__name__} with {has}; need one without; do leave it out")
     tensors = (*layer.parameters(recurse=False), *layer.buffers(recurse=False))
-    like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+    like = next((t for t in tensors if t.is_floating_point()), like)
     norm = isinstance(layer, _BatchNorm)
     adopt_inside(layer, kind)
-    layer.gate = ScaledSigmoid(layer.num_features if norm else layer.out_channels).to(like)
+    gate = ScaledSigmoid(layer.num_features if norm else layer.out_channels)
+    layer.gate = gate if like is None else gate.to(like)
     if follows:
         layer.follows = follows
 

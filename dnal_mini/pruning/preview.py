@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dnal_mini.gating import add_gates, check_gates, gates
+from dnal_mini.gating import add_gates, check_gates, gate_sites, gates
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import Given, given
+from dnal_mini.graph.inputs import example_inputs as taken_by
 from dnal_mini.measure.cost import cost_of
 from dnal_mini.pruning.facts import REASONS, ZERO, Analysis, Keeps
 from dnal_mini.pruning.foldgates import drop_and_tell
@@ -79,7 +80,10 @@ def analyse(
     need_numbers(net)
     what: Given = given(net, image_shape, example_inputs)
     cost_of(net, what)  # tells what the net does not take
-    gated = copied(net) if check_gates(net) else _gated(net, image_shape, example_inputs)
+    if check_gates(net) or not gate_sites(net, None, taken_by(net, what)):
+        gated = copied(net)
+    else:
+        gated = add_gates(net, image_shape=image_shape, example_inputs=example_inputs)
     every, left = gates(gated).values(), {}
     if any(bool(gate.s.any()) for gate in every):
         found, keeps = _settled(gated, what)
@@ -95,14 +99,6 @@ def analyse(
             row = {"layer": name, "channels": left.get(name, len(facts.state))}
             layers.append(row | {"can_go": not why, "why": why})
     return Preview(layers, list(found.walls.values()))
-
-
-def _gated(net: nn.Module, image_shape: Sequence[int], example_inputs: Any) -> nn.Module:
-    """The network with gates, if there is anything in it to gate."""
-    try:
-        return add_gates(net, image_shape=image_shape, example_inputs=example_inputs)
-    except ValueError:  # no BatchNorm: all that prune would do is find what is dead already
-        return net
 
 
 def _settled(gated: nn.Module, what: Given) -> tuple[Analysis, Keeps]:

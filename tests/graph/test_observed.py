@@ -1,6 +1,7 @@
 """What a run of a net shows: its copies, its images, who reads what, where two nets differ."""
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from dnal_mini.gating import add_gates, gates, set_gates
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import example_inputs
 from dnal_mini.graph.observed import convolutions_at_the_end, difference
+from dnal_mini.pruning.preview import analyse
 
 
 class Keeps(nn.Module):
@@ -146,7 +148,10 @@ class Finds(nn.Module):
 @pytest.mark.parametrize(
     ("way", "why"), [("class", "differs by"), ("lambda", "calls norm of the original")]
 )
-def test_a_forward_that_gates_would_change_is_refused_with_the_cause(way: str, why: str):
+@pytest.mark.parametrize("ask", [add_gates, lambda net: analyse(net, (3, 16, 16))])
+def test_a_forward_that_gates_would_change_is_refused_with_the_cause(
+    ask: Callable, way: str, why: str
+):
     with pytest.raises(ValueError, match=rf"^got a Finds whose copy [^\n]*{why}.*; need a forward"):
-        add_gates(Finds(way))
+        ask(Finds(way))
     assert len(gates(add_gates(Finds("self")))) == 1
