@@ -256,7 +256,7 @@ def following(node: fx.Node, analysis: Analysis, keeps: Keeps) -> tuple:
     count = len(stays)
 
     def at(place: int | None) -> int | None:
-        if place is None or place >= count:
+        if place is None or not -count <= place < count:  # a slice takes what there is
             return place
         return left[place + count if place < 0 else place]
 

@@ -205,6 +205,8 @@ FOLLOWS = {  # code that works the same numbers out of the width
     "halves": lambda x: torch.cat([x[:, x.shape[1] // 2 :], x[:, : x.shape[1] // 2]], 1),
     "split": lambda x: torch.cat(x.split(x.shape[1] // 2, 1)[::-1], 1),
     "expand": lambda x: x * x.mean((2, 3), keepdim=True).expand(x.shape),
+    "ends beyond": lambda x: x[:, :9],
+    "starts before": lambda x: x[:, -9:],
 }
 
 
