@@ -28,7 +28,7 @@ from dnal_mini.pruning.foldgates import drop_and_tell
 from dnal_mini.pruning.keepsets import settle
 from dnal_mini.pruning.plan import Report, plan
 from dnal_mini.pruning.prepare import prepare, tensors_of
-from dnal_mini.pruning.surgery import Numbers, operate, write_numbers
+from dnal_mini.pruning.surgery import Numbers, is_role, operate, write_numbers
 from dnal_mini.pruning.trial import follows, stubborn
 from dnal_mini.refused import Refused, need_number, need_numbers, need_word
 
@@ -181,7 +181,11 @@ def settled(
         small = _operated(net, tables, numbers)
         if (error := follows(expected, small, inputs)) is None:
             return Cut(small, tables, report, analysis, keeps)
-        away = [entry for entry in tables["modules"].values() if entry.keys() & {"gone", "source"}]
+        away = [
+            entry
+            for name, entry in tables["modules"].items()
+            if entry.keys() & {"gone", "source"} and not is_role(name)
+        ]
         for entry in away:  # forward code may look at a layer that is gone, or keep it in a list
             entry["in_place"] = True
         hollowed = _operated(net, tables, numbers) if away else small

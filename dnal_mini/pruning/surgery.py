@@ -45,7 +45,7 @@ def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
             _prepare(net, name, entry, like)
         for name, axes in spec["keep"].items():
             keep_indices(net, name, axes)
-        for name in sorted(modules, key=_is_role):  # a map goes around what is left of a layer
+        for name in sorted(modules, key=is_role):  # a map goes around what is left of a layer
             _replace(net, name, modules[name], like.device)
     except UNFIT as error:
         raise Refused(
@@ -54,7 +54,8 @@ def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
         ) from error
 
 
-def _is_role(name: str) -> bool:
+def is_role(name: str) -> bool:
+    """True for the name of a map in front of a layer or behind it, and not of a layer."""
     return name.rpartition(".")[2] in ROLES
 
 

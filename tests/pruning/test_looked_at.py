@@ -12,8 +12,10 @@ from dnal_mini.gating import add_gates, gates, set_gates
 from dnal_mini.layers.channelmap import ChannelMap
 from dnal_mini.layers.hollow import Hollow
 from dnal_mini.models import restart
+from dnal_mini.pruning import pruner
 from dnal_mini.pruning.netfile import load, save
 from dnal_mini.pruning.pruner import prune
+from dnal_mini.pruning.trial import follows
 
 SHAPE = (3, 9, 11)
 
@@ -101,3 +103,35 @@ def test_a_net_with_hollow_layers_is_gated_cut_and_drawn_anew_like_any_other():
     assert relative_difference(outputs(gated, images), outputs(again.module, images)) <= 1e-10
     restart(again.module, seed=3)
     assert again.module.branch.p.kernel_size == (3, 3)
+
+
+class TwoNames(nn.Module):
+    """A norm under two names, behind a convolution that is called again: nothing takes its gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5)
+        self.conv, self.first = nn.Conv2d(5, 5, 3), nn.BatchNorm2d(5)
+        self.second, self.fc = self.first, nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.conv(self.bn(self.stem(x)).relu())).relu()
+        return self.fc(self.second(self.conv(x)).mean((2, 3)))
+
+
+def test_a_map_in_front_of_a_layer_is_no_layer_that_stays_hollow(monkeypatch: pytest.MonkeyPatch):
+    net = add_gates(settled(TwoNames()), "conv-ss-bn-relu", image_shape=SHAPE)
+    for gate in gates(net).values():
+        gate.s.data = torch.tensor([1.0, -1, 1, 1, -1])
+    set_gates(net, mode="hard")
+    tried = []
+
+    def fails_at_first(*given: object) -> Exception | None:
+        tried.append(given)
+        return RuntimeError("of another width") if len(tried) == 1 else follows(*given)
+
+    monkeypatch.setattr(pruner, "follows", fails_at_first)
+    small, images = prune(net, SHAPE).module, torch.randn(3, *SHAPE)
+    assert len(tried) > 1
+    assert not [m for m in small.modules() if isinstance(m, Hollow)]
+    assert relative_difference(outputs(net, images), outputs(small, images)) <= 1e-10
