@@ -63,7 +63,7 @@ def layer_at(node: fx.Node, tensors: dict[fx.Node, str], net: nn.Module) -> Laye
         return None
     given = arguments(node)
     if kind in ("scale", "join"):
-        return _scale(node, given, tensors)
+        return _scale(node, given, tensors, _module(node, net) if name_of(node) == "prelu" else "")
     read = {role: given[role] for role in ROLES if given.get(role) is not None}
     if not all(tensor in tensors for tensor in read.values()):
         return None
@@ -84,7 +84,9 @@ def layer_at(node: fx.Node, tensors: dict[fx.Node, str], net: nn.Module) -> Laye
     return Layer(kind, _name(roles, module), roles, module, given=given, **more)
 
 
-def _scale(node: fx.Node, given: dict[str, Any], tensors: dict[fx.Node, str]) -> Layer | None:
+def _scale(
+    node: fx.Node, given: dict[str, Any], tensors: dict[fx.Node, str], module: str
+) -> Layer | None:
     """PReLU, or a join of a tensor with a parameter that has a number for each channel."""
     names = ("self", "weight") if "weight" in given else ("self", "other")
     operands = [given.get(name) for name in names]
@@ -96,8 +98,8 @@ def _scale(node: fx.Node, given: dict[str, Any], tensors: dict[fx.Node, str]) ->
     wide = [axis for axis, size in enumerate(shape) if size > 1]
     if len(wide) != 1:
         return None
-    return Layer("scale", tensors[weight].removesuffix(".weight"), {"weight": tensors[weight]},
-                 axis=wide[0], given=given)  # fmt: skip
+    name = tensors[weight].removesuffix(".weight")
+    return Layer("scale", name, {"weight": tensors[weight]}, module, axis=wide[0], given=given)
 
 
 def _module(node: fx.Node, net: nn.Module) -> str:
