@@ -6,6 +6,7 @@ from the width, or has them written down, is seen by trying: read ``follows``.
 
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -42,7 +43,8 @@ def stubborn(
         narrow = capture(cut, inputs)
     except Refused as refusal:
         cause = refusal.__cause__ or error
-        return _at_line(cut, graph, keeps, cause) or _everything(graph, cause)
+        found = _at_line(cut, graph, keeps, cause) or _at_line(cut, graph, keeps, error)
+        return found or _everything(graph, cause)
     for key, nodes in _numbered(graph, keeps).items():
         found = _numbered(narrow, None).get(key, [])
         for (node, wanted), (_, got) in zip(nodes, found, strict=False):
@@ -60,27 +62,38 @@ def _at_line(
     cut: nn.Module, graph: Capture, keeps: Keeps, error: BaseException
 ) -> dict[fx.Node, str]:
     """The first operation at the line of the user's code that does not run with other widths."""
-    names = {id(module): name for name, module in cut.named_modules()}
+    names = {id(vars(module)): name for name, module in cut.named_modules()}
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
     frames = [
-        (f.f_code.co_filename, number, names.get(id(f.f_locals.get("self"))))
+        (f.f_code.co_filename, number, names.get(_own(f)))
         for f, number in traceback.walk_tb(error.__traceback__)
     ]
-    for file, number, module in reversed(frames):
-        if module is None:
-            continue
+    frames = [frame for frame in reversed(frames) if frame[2] is not None]
+    left = [node for node in graph.nodes if node not in graph.stubborn]
+    sized = {node for node in left if keeps.numbers.get(node, node.args) != node.args}
+    for file, number, module in frames:
         line = f'File "{file}", line {number}, in'
         there = [
             node
-            for node in graph.nodes
-            if node not in graph.stubborn
-            and line in node.meta.get("stack_trace", "")
-            and module in ("", *modules_around(node))
+            for node in left
+            if line in node.meta.get("stack_trace", "") and module in ("", *modules_around(node))
         ]
-        sized = [node for node in there if keeps.numbers.get(node, node.args) != node.args]
         if there:  # the first that has a size to follow, or was called with another width
-            return {(sized or there)[0]: f": with other widths {text}"}
+            return {next((n for n in there if n in sized), there[0]): f": with other widths {text}"}
+    for *_, module in frames:  # code of no file has no lines: what has a size to follow, in order
+        if node := next((n for n in left if n in sized and _inside(n) == module), None):
+            return {node: f": with other widths {text}"}
     return {}
+
+
+def _inside(node: fx.Node) -> str:
+    return (modules_around(node) or [""])[-1]
+
+
+def _own(frame: FrameType) -> int | None:
+    """Which module's attributes the method in a frame works on: torch.export calls stand-ins."""
+    own = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+    return id(vars(own)) if isinstance(own, nn.Module) else None
 
 
 def _numbered(graph: Capture, keeps: Keeps | None) -> dict[tuple, list[tuple[fx.Node, Any]]]:
@@ -95,7 +108,7 @@ def _numbered(graph: Capture, keeps: Keeps | None) -> dict[tuple, list[tuple[fx.
             continue
         args = keeps.numbers.get(node, node.args) if keeps else node.args
         numbers = [_number(value) for value in (*args, *node.kwargs.values())]
-        key = (str(node.target), (modules_around(node) or [""])[-1])
+        key = (str(node.target), _inside(node))
         found.setdefault(key, []).append((node, numbers))
     return found
 
