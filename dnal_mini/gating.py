@@ -85,11 +85,7 @@ def add_gates(
         raise Refused("got a net that has gates already; need a plain one: gate a fresh net")
     inputs = taken_by(net, given(net, image_shape, example_inputs))
     sites = gate_sites(net, where, inputs)
-    if not sites:
-        raise Refused(
-            "got no BatchNorm to gate, and no convolution before another layer; need at least "
-            "one: change `where` or the network"
-        )
+    _need_one(sites)
     late: dict[str, str] = {}
     if order == "conv-bn-relu-ss":
         late = activations_behind(net, _known(inputs), sites)
@@ -118,6 +114,14 @@ def gate_sites(net: nn.Module, where: Where | None, inputs: tuple | None) -> lis
         ends = convolutions_at_the_end(net, _known(inputs)) if layers else set()
         layers = {name: m for name, m in layers.items() if name not in ends}
     return [name for name, layer in layers.items() if chosen(name, layer)]
+
+
+def _need_one(sites: list[str]) -> None:
+    if not sites:
+        raise Refused(
+            "got no BatchNorm to gate, and no convolution before another layer; need at least "
+            "one: change `where` or the network"
+        )
 
 
 def _known(inputs: tuple | None) -> tuple:

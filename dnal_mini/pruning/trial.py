@@ -43,8 +43,8 @@ def stubborn(
         narrow = capture(cut, inputs)
     except Refused as refusal:
         cause = refusal.__cause__ or error
-        found = _at_line(cut, graph, keeps, cause) or _at_line(cut, graph, keeps, error)
-        return found or _everything(graph, cause)
+        told = _at_line(cut, graph, keeps, cause) or _at_line(cut, graph, keeps, error)
+        return told or _everything(graph, cause)
     for key, nodes in _numbered(graph, keeps).items():
         found = _numbered(narrow, None).get(key, [])
         for (node, wanted), (_, got) in zip(nodes, found, strict=False):
@@ -64,11 +64,9 @@ def _at_line(
     """The first operation at the line of the user's code that does not run with other widths."""
     names = {id(vars(module)): name for name, module in cut.named_modules()}
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    frames = [
-        (f.f_code.co_filename, number, names.get(_own(f)))
-        for f, number in traceback.walk_tb(error.__traceback__)
-    ]
-    frames = [frame for frame in reversed(frames) if frame[2] is not None]
+    walked = reversed(list(traceback.walk_tb(error.__traceback__)))
+    frames = [(f.f_code.co_filename, number, names[_own(f)]) for f, number in walked
+              if _own(f) in names]  # fmt: skip
     left = [node for node in graph.nodes if node not in graph.stubborn]
     sized = {node for node in left if keeps.numbers.get(node, node.args) != node.args}
     for file, number, module in frames:
@@ -90,10 +88,10 @@ def _inside(node: fx.Node) -> str:
     return (modules_around(node) or [""])[-1]
 
 
-def _own(frame: FrameType) -> int | None:
+def _own(frame: FrameType) -> int:
     """Which module's attributes the method in a frame works on: torch.export calls stand-ins."""
     own = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
-    return id(vars(own)) if isinstance(own, nn.Module) else None
+    return id(vars(own)) if isinstance(own, nn.Module) else 0
 
 
 def _numbered(graph: Capture, keeps: Keeps | None) -> dict[tuple, list[tuple[fx.Node, Any]]]:
