@@ -1,13 +1,15 @@
-"""Prunes every classification model of torchvision and records how exact the smaller net is.
+"""Prunes networks of torchvision, timm and ultralytics and records how exact the smaller net is.
 
-Promise: 100 % of models x keep shares x residual modes agree with the hard-gated net to 1e-9 of the
-largest output in float64, or stay whole behind named walls; none raises. Models without a
-BatchNorm2d get random zero filters instead of closed gates. One JSON line per case is appended to
-``--out``; cases that are there are skipped.
+All classifiers of torchvision; of the others those of ``OTHERS`` whose package is there (they are
+no dependency of this project). Promise: 100 % of models x keep shares x residual modes agree with
+the hard-gated net to 1e-9 of the largest output in float64, or stay whole behind named walls; none
+raises. Models without a BatchNorm get random zero filters instead of closed gates. One JSON line
+per case is appended to ``--out``; cases that are there are skipped.
 Run: ``python benchmarks/prune_zoo.py --out zoo.jsonl``.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import sys
@@ -20,16 +22,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 import dnal_mini as dnal  # before torchvision, whose missing operators it repairs
+from dnal_mini.graph.outputs import tensors_in
 
 EXACT = 1e-9
 ROUNDED = 1e-6  # of nets that stay in float32, where a constant in a bias is rounded
 LARGE = 200_000_000  # parameters of nets that stay in float32 for the sake of memory
 KEEPS = (0.8, 0.5, 0.2)
 RESIDUALS = ("scatter", "tie")
-SIDES = {"inception_v3": 96, "maxvit_t": 224, "alexnet": 70}  # the smallest images they take
+SIDES = {  # the smallest images they take
+    "inception_v3": 96, "maxvit_t": 224, "alexnet": 70, "nasnetalarge": 128, "levit_conv_128s": 224,
+}  # fmt: skip
+OTHERS = {  # by the package that builds them
+    "yolov8n": "ultralytics", "yolo11n": "ultralytics", "timm_vgg11_bn": "timm",
+    "tf_efficientnet_b0": "timm", "nasnetalarge": "timm", "levit_conv_128s": "timm",
+}  # fmt: skip
+DETECTS_AT = (64, 96, 192, 320)  # sides of images that a detector is compared at, too
 CHANGES: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
@@ -42,6 +53,24 @@ def model_names() -> list[str]:
     from torchvision import models
 
     return sorted(models.list_models(module=models))
+
+
+def other_names() -> list[str]:
+    return [name for name, package in OTHERS.items() if importlib.util.find_spec(package)]
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    if OTHERS.get(name) == "timm":
+        import timm
+
+        return timm.create_model(name.removeprefix("timm_"), num_classes=num_classes)
+    if OTHERS.get(name) == "ultralytics":
+        from ultralytics.nn.tasks import DetectionModel
+
+        return DetectionModel(f"{name}.yaml", nc=num_classes, verbose=False)
+    from torchvision import models
+
+    return models.get_model(name, weights=None, num_classes=num_classes, **CHANGES.get(name, {}))
 
 
 def image_shape(name: str) -> tuple[int, int, int]:
@@ -62,19 +91,19 @@ class _NoRandomInit(TorchFunctionMode):
 
 @torch.no_grad()
 def zoo_net(name: str, seed: int, num_classes: int = 10) -> nn.Module:
-    """A torchvision model in eval mode with He-uniform weights and small biases."""
-    from torchvision import models
-
+    """A model in eval mode with He-uniform weights and small biases."""
     with _NoRandomInit(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        net = models.get_model(name, weights=None, num_classes=num_classes, **CHANGES.get(name, {}))
+        net = build(name, num_classes)
     draw = torch.Generator().manual_seed(seed)
     for layer in net.modules():
         for parameter in layer.parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue  # a detector's table of distances
             if parameter.dim() > 1:
                 bound = (6.0 / parameter[0].numel()) ** 0.5
                 parameter.uniform_(-bound, bound, generator=draw)
-            elif not isinstance(layer, nn.BatchNorm2d) and not (parameter != 0).any():
+            elif not isinstance(layer, _BatchNorm) and not (parameter != 0).any():
                 parameter.uniform_(-0.1, 0.1, generator=draw)
     return net.eval()
 
@@ -83,11 +112,11 @@ def zoo_net(name: str, seed: int, num_classes: int = 10) -> nn.Module:
 def close_at_random(net: nn.Module, shape: Sequence[int], keep: float, seed: int) -> nn.Module:
     """A gated copy with that share of the gates open and statistics as after training.
 
-    A net without a BatchNorm2d gets zero filters instead, in place.
+    A net without a BatchNorm gets zero filters instead, in place.
     """
     draw = torch.Generator().manual_seed(seed)
-    if any(isinstance(module, nn.BatchNorm2d) for module in net.modules()):
-        net = dnal.add_gates(net)
+    if any(isinstance(module, _BatchNorm) for module in net.modules()):
+        net = dnal.add_gates(net, image_shape=shape)
         for gate in dnal.gates(net).values():
             is_open = torch.rand(len(gate.s), generator=draw) < keep
             gate.s.copy_(torch.where(is_open, 1.0, -1.0))
@@ -109,7 +138,7 @@ def settle(net: nn.Module, shape: Sequence[int], draw: torch.Generator) -> None:
 
     Far from the true statistics a deep net would forget its image, and the check see nothing.
     """
-    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in net.modules() if isinstance(module, _BatchNorm)]
     for norm in norms:
         norm.weight.uniform_(0.5, 1.5, generator=draw)
         norm.bias.uniform_(-0.4, 0.6, generator=draw)
@@ -142,9 +171,15 @@ def _doubled(net: nn.Module) -> Iterator[nn.Module]:
             gate.mode = mode
 
 
-def outputs(net: nn.Module, images: Tensor) -> Tensor:
+def outputs(net: nn.Module, images: Tensor) -> list[Tensor]:
     with _doubled(net), torch.no_grad():
-        return net(images)
+        return tensors_in(net(images))
+
+
+def relative(gaps: list[Tensor], sizes: list[Tensor]) -> float:
+    """The largest of differences, each against the largest number of its own tensor."""
+    pairs = zip(gaps, sizes, strict=True)
+    return max(float(gap.abs().max() / size.abs().max().clamp(min=1e-300)) for gap, size in pairs)
 
 
 def zoo_rows(
@@ -153,7 +188,8 @@ def zoo_rows(
     """One row per residual mode: how far the pruned output is off, and what is left.
 
     ``difference`` is relative to the largest output, ``live`` says how much the output depends on
-    the image in the same measure, ``error`` is what ``prune`` raised, None if it did not.
+    the image in the same measure, ``error`` is what ``prune`` raised, None if it did not. Of a
+    detector ``difference`` is the largest over images of all ``DETECTS_AT``, too.
     """
     shape = image_shape(name)
     net = zoo_net(name, seed)
@@ -163,12 +199,14 @@ def zoo_rows(
     if sharp := dense.params < LARGE:
         gated.double()
     draw = torch.Generator().manual_seed(seed)
-    images = torch.randn(2, *shape, generator=draw, dtype=torch.float64)
-    expected = outputs(gated, images)
-    scale = max(float(expected.abs().max()), 1e-300)
+    sides = DETECTS_AT if OTHERS.get(name) == "ultralytics" else ()
+    sizes = [shape, *((3, side, side) for side in sides)]
+    every = [torch.randn(2, *size, generator=draw, dtype=torch.float64) for size in sizes]
+    expected = [outputs(gated, images) for images in every]
+    live = relative([x[0] - x[1] for x in expected[0][:1]], expected[0][:1])
     for residual in residuals:
         row: dict[str, Any] = {"model": name, "keep": keep, "residual": residual, "seed": seed}
-        row |= {"live": float((expected[0] - expected[1]).abs().max()) / scale, "error": None}
+        row |= {"live": live, "error": None}
         start = time.perf_counter()
         try:
             small = dnal.prune(gated, shape, residual)
@@ -177,8 +215,12 @@ def zoo_rows(
             continue
         row["seconds"] = round(time.perf_counter() - start, 2)
         left = dnal.cost(small.module, shape)
-        found = outputs(small.module, images)
-        row["difference"] = float((expected - found).abs().max()) / scale
+        found = [outputs(small.module, images) for images in every]
+        gaps = [
+            [a - b for a, b in zip(*pair, strict=True)]
+            for pair in zip(expected, found, strict=True)
+        ]
+        row["difference"] = max(map(relative, gaps, expected))
         row["macs"], row["params"] = [dense.macs, left.macs], [dense.params, left.params]
         row["walls"] = list(small.report.walls)
         row["sharp"] = sharp
@@ -225,7 +267,8 @@ def peak_memory_gib() -> float | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="record file, JSON lines")
-    parser.add_argument("--models", nargs="*", default=model_names(), metavar="NAME")
+    every = [*model_names(), *other_names()]
+    parser.add_argument("--models", nargs="*", default=every, metavar="NAME")
     parser.add_argument("--keeps", nargs="*", type=float, default=KEEPS, metavar="SHARE")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

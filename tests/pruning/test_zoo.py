@@ -61,8 +61,8 @@ def test_every_filter_that_squeezenet_can_miss_goes(keep: float):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("keep", zoo.KEEPS)
-@pytest.mark.parametrize("name", zoo.model_names())
-def test_every_classifier_of_torchvision_keeps_its_function(name: str, keep: float):
+@pytest.mark.parametrize("name", [*zoo.model_names(), *zoo.other_names()])
+def test_every_model_of_the_zoo_keeps_its_function(name: str, keep: float):
     for row in zoo.zoo_rows(name, keep):
         assert not zoo.complaint(row)
 
@@ -70,7 +70,7 @@ def test_every_classifier_of_torchvision_keeps_its_function(name: str, keep: flo
 def test_a_gated_zoo_net_comes_back_bit_by_bit_from_its_float64_run():
     net = zoo.close_at_random(zoo.zoo_net("mnasnet0_5", 0), (3, 64, 64), 0.5, 0)
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    output = zoo.outputs(net, torch.randn(2, 3, 64, 64).double())
+    (output,) = zoo.outputs(net, torch.randn(2, 3, 64, 64).double())
     assert output.dtype == torch.float64
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
