@@ -9,7 +9,7 @@ PROSE := README.md CONTRIBUTING.md book notebooks dnal_mini tests
 setup: $(READY)
 
 test: $(READY)
-	$(BIN)/python book/render.py && $(BIN)/python -m pytest -n 2 --dist loadfile tests && $(BIN)/python -m pytest --nbmake notebooks
+	$(BIN)/python book/render.py && $(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests notebooks
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow tests

@@ -22,6 +22,20 @@ settings.register_profile("dnal", deadline=None, derandomize=True)
 settings.load_profile("dnal")
 
 
+# Where workers share the files of tests and notebooks, these go first, so that all end together.
+LONG = (
+    "03_whole_road_digits.ipynb", "04_cutting_channels.ipynb", "10_paper_code_ours.ipynb",
+    "07_order_of_the_layer.ipynb", "11_your_own_cnn.ipynb", "test_pages.py", "test_random_nets.py",
+    "test_kill.py", "test_sweep.py", "test_devices.py", "test_own_net.py", "test_recipes.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; else the order stays."""
+    ranks = {name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers in every test, whichever tests run before it."""
