@@ -147,7 +147,7 @@ def fate(folder: Path, whole: Path, go_on: Callable[[Path], object]) -> str:
 
 def flips(whole: Path, stopped: Path, count: int, work: Path) -> dict[str, dict[str, int]]:
     """Fates by folder: every file has its turn, the folders alternate."""
-    draw, found = random.Random(0), {"finished": Counter(), "interrupted": Counter()}
+    draw, found = random.Random(0), {"finished": Counter(), "interrupted": Counter()}  # of fates
     for number in range(count):
         kind, source = (("finished", whole), ("interrupted", stopped))[number % 2]
         files = sorted(path.name for path in source.iterdir() if path.stat().st_size)
@@ -168,16 +168,33 @@ def started(folder: Path) -> Any:
     return child
 
 
-def kills(whole: Path, seconds: float, count: int, work: Path) -> Row:
+def killed_at(folder: Path, moment: float, lines: int, draw: random.Random) -> bool:
+    """Start a run and kill it when its record has come to a share of its lines; False if it ended.
+
+    The wait behind the line is drawn, so that the kill falls into steps, files and cuts as well.
+    """
+    child, record = started(folder), folder / runlog.FILE_NAME
+    while child.exitcode is None:
+        there = record.read_bytes().count(b"\n") if record.exists() else 0
+        if there >= moment * lines:
+            break
+        time.sleep(0.005)
+    time.sleep(draw.uniform(0, 0.3))
+    child.kill()
+    child.join()
+    return child.exitcode != 0
+
+
+def kills(whole: Path, count: int, work: Path) -> Row:
     """Kill, go on to the end, compare; where the record stood, by stage."""
     draw, reached, identical = random.Random(1), Counter(), 0
+    lines, folder = len(runlog.read(whole)), work / "killed"
     for number in range(count):
-        folder = work / "killed"
-        child = started(folder)
-        child.join((number + draw.random()) / count * seconds)
-        child.kill()
-        child.join()
-        last = runlog.read(folder)[-1] if folder.exists() else {}
+        while not killed_at(folder, (number + draw.random()) / count, lines, draw):
+            shutil.rmtree(folder)  # it was faster
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a line that was cut short
+            last = runlog.read(folder)[-1] if folder.exists() else {}
         reached[last.get("stage", last.get("kind", "nothing"))] += 1
         child = started(folder)
         child.join()
@@ -256,14 +273,11 @@ def disk_fate(disk: Path, moment: str, whole: Path) -> dict[str, Any]:
 def measure(chosen: argparse.Namespace, work: Path) -> Row:
     """The row: an undisturbed and an interrupted run, and what befell copies of them."""
     whole, stopped = work / "whole", work / "stopped"
-    start = time.perf_counter()
-    child = started(whole)
-    child.join()
-    seconds = time.perf_counter() - start
+    run(CONFIG, whole)
     with contextlib.suppress(Stop):
         run(CONFIG, stopped, on_row=interrupt)
     fates = flips(whole, stopped, chosen.flips, work)
-    killed = kills(whole, seconds, chosen.kills, work)
+    killed = kills(whole, chosen.kills, work)
     with small_disk(chosen.disk, work) as disk:
         disks = {m: disk_fate(disk, m, whole) for m in FULL} if disk and chosen.disks else None
     bad = sum(counts.get(name, 0) for counts in fates.values() for name in ("silent", "crashed"))

@@ -2,16 +2,21 @@
 
 import importlib.util
 import json
+import random
+import shutil
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from small_runs import copy_of
 from torch import nn
 
 from dnal_mini.gating import add_gates, arch_parameters, gates, set_gates
 from dnal_mini.models import MODELS
+from dnal_mini.refused import Refused
 from dnal_mini.runs.runlog import read
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -146,6 +151,29 @@ def test_budget_step_prints_what_floors_and_each_cut_take(tmp_path, monkeypatch,
     assert 2 ** (row["steps"] - 1) <= 2 * count, "it halves what is left"
     assert row["step_s"] <= row["slowest_step_s"] <= row["bisection_s"]
     assert row["reached"] == (row["step_s"] <= row["goal_s"])
+
+
+def raises(error: Exception):
+    def go_on(folder: Path) -> None:
+        raise error
+
+    return go_on
+
+
+def test_the_fate_of_a_damaged_run_is_told_from_what_is_read(finished, tmp_path):
+    module, folder = load("damage"), copy_of(finished, tmp_path / "run")[0]
+
+    def fate(go_on=lambda folder: None) -> str:
+        return module.fate(folder, finished, go_on)
+
+    assert fate() == "unchanged"
+    assert fate(lambda folder: warnings.warn("got a cut line", stacklevel=1)) == "warned"
+    assert fate(raises(Refused("got another sum"))) == "refused"
+    assert fate(raises(Refused("got\nlines"))) == fate(raises(KeyError("net"))) == "crashed"
+    module.flip(folder / "small.safetensors", random.Random(5))
+    assert fate() == "told"
+    shutil.copy(folder / "pruned.safetensors", folder / "small.safetensors")
+    assert fate() == "silent"  # a sound file of other weights
 
 
 def test_the_fits_find_the_laws_that_made_the_points():
