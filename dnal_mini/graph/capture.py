@@ -25,7 +25,13 @@ from dnal_mini.graph.layer import Layer, layer_at
 from dnal_mini.graph.ops import in_place, is_random, name_of
 from dnal_mini.graph.outputs import TensorsOnly
 from dnal_mini.graph.places import modules_around
-from dnal_mini.graph.rewrite import as_products, channel_maps, settle_in_place, without_regions
+from dnal_mini.graph.rewrite import (
+    as_products,
+    channel_maps,
+    settle_in_place,
+    without_lookers,
+    without_regions,
+)
 from dnal_mini.layers.mixed import parts
 from dnal_mini.refused import Refused
 
@@ -116,6 +122,7 @@ def _exported(net: nn.Module, inputs: Sequence[Any], names: dict[str, str]) -> C
     channel_maps(graph, net)
     as_products(graph)
     found = Capture(graph, tensors, constants, settle_in_place(graph))
+    without_lookers(graph)
     calls: dict[str, list[fx.Node]] = {}  # by the innermost module that runs them
     for node in graph.nodes:
         if layer := layer_at(node, tensors, net):

@@ -30,6 +30,7 @@ MOVE = {
     "swapdims", "flip", "roll", "clone", "contiguous", "detach", "alias", "lift_fresh_copy",
     "expand", "repeat", "unbind", "getitem", "channel_shuffle", "native_channel_shuffle",
     "pixel_shuffle", "pixel_unshuffle", "positive", "view_as", "reshape_as", "expand_as",
+    "tile", "broadcast_to",
 }  # fmt: skip
 
 

@@ -94,6 +94,40 @@ def as_products(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+SPREADS = {"expand", "expand_as", "broadcast_to", "repeat", "tile"}
+
+
+def without_lookers(graph: fx.Graph) -> None:
+    """Leave out what others do anyway, and reads of a tensor that only look what it is.
+
+    ``x * y.expand_as(x)`` is ``x * y`` for a ``y`` of one channel; ``type_as`` reads no number.
+    """
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
+        name = name_of(node) if node.op == "call_function" else ""
+        if name == "type_as" or (name == "to" and isinstance(node.args[1], fx.Node)):
+            x, dtype = node.args[0], node.meta["val"].dtype
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_call(graph, ATEN.to.dtype, (x, dtype), node))
+        elif name in SPREADS:
+            for user in [u for u in node.users if _spreads(u, node)]:
+                user.replace_input_with(node, node.args[0])
+        if (name in SPREADS or name in ("type_as", "to")) and not node.users:
+            graph.erase_node(node)
+
+
+def _spreads(join: Any, node: Any) -> bool:
+    """True for an operation of two tensors that spreads the one channel of ``node``'s by itself."""
+    small, shape = node.args[0].meta["val"].shape, node.meta["val"].shape
+    others = [x for x in join.all_input_nodes if x is not node]
+    if kind_of(join) != "join" or len(others) != 1 or len(small) != len(shape) or len(shape) < 2:
+        return False
+    if not small[1] == 1 < shape[1]:
+        return False
+    both = torch.broadcast_shapes(small, others[0].meta["val"].shape)
+    return both == join.meta["val"].shape
+
+
 def _aligned(
     graph: fx.Graph, x: fx.Node, letters: str, order: list[str], where: fx.Node
 ) -> fx.Node:

@@ -70,7 +70,7 @@ def test_a_layer_is_known_with_its_tensors(kind, layer, shape):
     assert found.kind == kind
     named = {f"operation.{name}" for name, _ in layer.named_parameters()}
     assert named <= set(found.roles.values())
-    assert found.module == ("" if isinstance(layer, Own | nn.PReLU) else "operation")
+    assert found.module == ("" if isinstance(layer, Own) else "operation")
     assert found.groups == getattr(layer, "groups", 1)
 
 
