@@ -13,8 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import example_inputs as taken_by
-from dnal_mini.graph.inputs import given, like
+from dnal_mini.graph.inputs import given, like, taken_by
 from dnal_mini.graph.layer import CONVS
 from dnal_mini.graph.observed import (
     activations_behind,

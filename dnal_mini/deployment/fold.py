@@ -10,8 +10,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from dnal_mini.gating import gates
 from dnal_mini.graph.capture import replace_everywhere
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import Given, given
-from dnal_mini.graph.inputs import example_inputs as taken_by
+from dnal_mini.graph.inputs import Given, given, taken_by
 from dnal_mini.graph.layer import CONVS, NORMS, TRANSPOSED
 from dnal_mini.graph.observed import norms_behind, same
 from dnal_mini.layers.hollow import Hollow, hollow

@@ -6,6 +6,7 @@ Read ``drawn``. Images are of a shape that somebody tells, or of a usual one (``
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,17 @@ def given(net: nn.Module, image_shape: Any, example_inputs: Any = None) -> Any:
             f"got example_inputs {shown(values)}; need a tensor, a tuple of what forward takes, or "
             "a dict of it"
         )
-    return Inputs(tuple(_part(value) for value in values))
+    whole = Inputs(tuple(_part(value) for value in values))
+    if all(shape[:1] == [1] for shape in whole.shapes):  # one image does not show what mixes them
+        with suppress(Refused):
+            pair = Inputs(tuple(_doubled(part) for part in whole.parts))
+            taken_by(net, pair)
+            return pair
+    return whole
+
+
+def _doubled(part: Any) -> Any:
+    return part | {"shape": [2, *part["shape"][1:]]} if _is_drawn(part) else part
 
 
 def _part(value: Any) -> Any:
@@ -151,7 +162,7 @@ def again(arguments: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
 
 
-def example_inputs(
+def taken_by(
     net: nn.Module, what: Given | None = None, batch: int | None = None
 ) -> tuple[Any, ...] | None:
     """Arguments that a net takes in eval mode, on its device and in its dtype; always the same.

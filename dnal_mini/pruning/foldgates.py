@@ -11,7 +11,7 @@ from dnal_mini.gating import gates, site_of
 from dnal_mini.graph.cache import captured
 from dnal_mini.graph.capture import Capture, replace_everywhere
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import Given, example_inputs
+from dnal_mini.graph.inputs import Given, taken_by
 from dnal_mini.graph.layer import CONVS, NORMS
 from dnal_mini.graph.ops import is_activation, name_of
 from dnal_mini.graph.places import like
@@ -123,7 +123,7 @@ def _producers(
             put_map(layer, "gather", stand_in)
         else:
             replace_everywhere(trial, layer, stand_in)
-    inputs = example_inputs(trial, what)
+    inputs = taken_by(trial, what)
     if inputs is None:
         return {}
     graph, found = captured(trial, inputs), {}

@@ -14,8 +14,7 @@ from torch import fx, nn
 
 from dnal_mini.gating import add_gates, check_gates, gate_sites, gates
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import Given, given
-from dnal_mini.graph.inputs import example_inputs as taken_by
+from dnal_mini.graph.inputs import Given, given, taken_by
 from dnal_mini.measure.cost import cost_of
 from dnal_mini.pruning.facts import REASONS, ZERO, Analysis, Keeps
 from dnal_mini.pruning.foldgates import drop_and_tell

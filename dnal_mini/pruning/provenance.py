@@ -98,7 +98,7 @@ def read(codes: Tensor) -> Shadow:
     Raises: Broken if the first axis is no longer the batch.
     """
     shape = tuple(codes.shape)
-    if len(shape) < 2 or not bool((codes == codes[:1]).all()):
+    if len(shape) < 2 or shape[0] == 1 or not bool((codes == codes[:1]).all()):
         raise Broken("images and channels are mixed")
     image = codes[0]
     channels = image // SPOTS

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dnal_mini.gating import add_gates, gates, set_gates
 from dnal_mini.graph.copies import copied
-from dnal_mini.graph.inputs import example_inputs
+from dnal_mini.graph.inputs import taken_by
 from dnal_mini.graph.observed import convolutions_at_the_end, difference
 from dnal_mini.pruning.preview import analyse
 
@@ -70,12 +70,12 @@ def test_a_module_without_a_copy_is_refused():
     ],
 )
 def test_images_of_a_usual_size_are_found(net: nn.Module, shape: tuple[int, ...] | None):
-    inputs = example_inputs(net.double())
+    inputs = taken_by(net.double())
     assert shape == (None if inputs is None else tuple(inputs[0].shape[1:]))
     if inputs is not None:
         (images,) = inputs
         assert (len(images), images.dtype) == (2, torch.float64)
-        assert torch.equal(images, example_inputs(net)[0])
+        assert torch.equal(images, taken_by(net)[0])
 
 
 def test_looking_for_images_and_gating_leave_a_net_alone():
