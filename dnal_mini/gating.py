@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_mini.graph.capture import replace_everywhere
+from dnal_mini.graph.cache import captured
+from dnal_mini.graph.capture import refuse_wrapped, replace_everywhere
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import given, like, taken_by
 from dnal_mini.graph.layer import CONVS
@@ -64,9 +65,9 @@ def add_gates(
 
     Source: Guo et al. 2022, sec. 3.2, fig. 2 and fig. 4 [guo2022dnal].
     Raises: ValueError for an unknown order, a net that already has gates, no layer chosen or one
-    with no place for a gate, images that the net does not take, or a forward that does something
-    else once there are gates; for "conv-bn-relu-ss" and a net without norms, if no images are
-    found.
+    with no place for a gate, images that the net does not take, a forward that ``prune`` could not
+    follow, or one that does something else once there are gates; for "conv-bn-relu-ss" and a net
+    without norms, if no images are found.
     Example:
         >>> net, images = dnal.models.vgg16(width=0.125).eval(), torch.randn(2, 3, 32, 32)
         >>> gated = dnal.add_gates(net)
@@ -82,6 +83,8 @@ def add_gates(
         need_callable("where", where, "name", "norm")
     if gates(net):
         raise Refused("got a net that has gates already; need a plain one: gate a fresh net")
+    refuse_wrapped(net)
+    need_finite(net)
     inputs = taken_by(net, given(net, image_shape, example_inputs))
     sites = gate_sites(net, where, inputs)
     _need_one(sites)
@@ -90,15 +93,30 @@ def add_gates(
         late = activations_behind(net, _known(inputs), sites)
     gated = copied(net)
     for name in sites:
-        layer = gated.get_submodule(name)
-        if name in late:
-            put_gate(layer, GatedLate, like(net), late[name])
-        else:
-            first = order == "conv-ss-bn-relu" and isinstance(layer, _BatchNorm)
-            put_gate(layer, GatedFirst if first else Gated, like(net))
+        _put(gated.get_submodule(name), order, late.get(name), like(net))
     if inputs is not None:
+        captured(net, inputs)  # what cannot be followed now cannot be cut later
         _compare(net, gated, inputs, sites)
     return gated
+
+
+def _put(layer: nn.Module, order: Order, activation: str | None, like: Tensor) -> None:
+    """Give a layer a gate, in place; ``activation``: the name of the one that it goes behind."""
+    if activation is not None:
+        put_gate(layer, GatedLate, like, activation)
+    else:
+        first = order == "conv-ss-bn-relu" and isinstance(layer, _BatchNorm)
+        put_gate(layer, GatedFirst if first else Gated, like)
+
+
+@torch.no_grad()
+def need_finite(net: nn.Module) -> None:
+    """Raises: ValueError for NaN or infinite numbers in a parameter or in a norm's statistics."""
+    norms = [name for name, module in net.named_modules() if isinstance(module, _BatchNorm)]
+    buffers = ((n, b) for n, b in net.named_buffers() if n.rpartition(".")[0] in norms)
+    for name, tensor in (*net.named_parameters(), *buffers):  # another buffer may be a mask
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise Refused(f"got NaN or infinite numbers in {name}; need a network that works")
 
 
 def gate_sites(net: nn.Module, where: Where | None, inputs: tuple | None) -> list[str]:
@@ -132,6 +150,11 @@ def _known(inputs: tuple | None) -> tuple:
 def _compare(net: nn.Module, gated: nn.Module, inputs: tuple, sites: Collection[str]) -> None:
     """Raises: ValueError if copies of both compute different things, or by layers of the first."""
     pair, strayed = (copied(net), copied(gated)), list[str]()
+    if difference(pair[0], pair[0], inputs) > tolerance(net):
+        raise Refused(
+            f"got a {type(net).__name__} that gives one image two answers in eval mode; need a "
+            "forward whose output depends on its input alone; do not count or draw numbers in it"
+        )
     hooks = [
         net.get_submodule(name).register_forward_pre_hook(lambda *_, n=name: strayed.append(n))
         for name in sites

@@ -182,6 +182,9 @@ def _refuse_random(net: nn.Module, found: Capture) -> None:
             )
 
 
+QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+
+
 def refuse_wrapped(net: nn.Module) -> None:
     """Raises: ValueError for something around a network, or a network that is no longer code."""
     if not isinstance(net, nn.Module):
@@ -202,7 +205,7 @@ def refuse_wrapped(net: nn.Module) -> None:
                 f"got lazy layers{where} without a shape yet; need a net that has run; do run one "
                 "batch through it"
             )
-        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+        if type(module).__module__.startswith(QUANTISED):
             raise Refused(f"got a quantised layer{where}; need floating point; do prune it before")
     places = {str(t.device) for t in (*net.parameters(), *net.buffers())}
     if len(places) > 1:
@@ -270,6 +273,23 @@ def evaluating(net: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
+
+
+@contextmanager
+def keeping_buffers(net: nn.Module) -> Iterator[None]:
+    """Inside the block running statistics may move; afterwards they are what they were."""
+    own = [
+        (m, name, b, b.clone())
+        for m in net.modules()
+        for name, b in m._buffers.items()
+        if b is not None
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, before in own:
+            buffer.copy_(before)
+            module._buffers[name] = buffer
 
 
 def replace_module(net: nn.Module, name: str, module: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.capture import evaluating, where
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.layer import CONVS, TRANSPOSED
 from dnal_mini.refused import Refused, need_shape, shown
@@ -186,7 +186,8 @@ def taken_by(
             if what is not None:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise Refused(
-                    f"got {told(one)}, which fails: {reason}; need what the net was built for"
+                    f"got {told(one)}, which fails: {reason}{where(error)}; need what the net was "
+                    "built for"
                 ) from error
         else:
             return arguments

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from dnal_mini.graph.capture import keeping_buffers
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import again, like
 from dnal_mini.graph.layer import CONVS
@@ -20,13 +21,14 @@ from dnal_mini.graph.outputs import tensors_in
 def run(net: nn.Module, inputs: Sequence[Any], train: bool = False) -> list[Tensor]:
     """The tensors that a net returns in a mode, its random numbers always the same ones.
 
-    The net stays in that mode, and whatever a forward writes into it is written.
+    The net stays in that mode; its buffers are what they were.
     """
     net.train(train)
     device = like(net).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        return tensors_in(net(*again(inputs)))
+        with keeping_buffers(net):
+            return tensors_in(net(*again(inputs)))
 
 
 @torch.no_grad()

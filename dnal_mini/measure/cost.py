@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.capture import evaluating, keeping_buffers
 from dnal_mini.graph.inputs import Given, Inputs, drawn, given, like
 from dnal_mini.graph.outputs import tensors_in
 from dnal_mini.refused import UNFIT, Refused, line_of, need_module, need_number, need_shape
@@ -83,7 +83,14 @@ def cost_of(net: nn.Module, what: Given) -> Cost:
     images: tuple = () if isinstance(what, Inputs) else (random_images(net, what),)
     inputs = images or drawn(what, like(net), 0)
     counter, recorder = FlopCounterMode(display=False), _Recorder(_tensors(inputs))
-    with evaluating(net), torch.no_grad(), recorder.without_gates(net), counter, recorder:
+    with (
+        evaluating(net),
+        keeping_buffers(net),
+        torch.no_grad(),
+        recorder.without_gates(net),
+        counter,
+        recorder,
+    ):
         outputs = output_of(net, *inputs)
     scalars = {id(s) for m in net.modules() if _is_gate(m) for s in m.parameters(recurse=False)}
     return Cost(
@@ -203,7 +210,7 @@ def layer_calls(
 
     handles = [layer.register_forward_hook(note) for layer in names]
     try:
-        with evaluating(net), torch.no_grad():
+        with evaluating(net), keeping_buffers(net), torch.no_grad():
             output_of(net, images)
     finally:
         for handle in handles:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.capture import evaluating, keeping_buffers
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import like
 from dnal_mini.measure.cost import output_of, random_images
@@ -112,6 +112,7 @@ def interleaved(
                 net = copied(net).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 images = images.contiguous(memory_format=torch.channels_last)
             stack.enter_context(evaluating(net))
+            stack.enter_context(keeping_buffers(net))
             passes.append((net, images))
         stack.enter_context(torch.inference_mode())
         for net, images in passes:

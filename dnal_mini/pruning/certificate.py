@@ -4,8 +4,7 @@ Read ``certified``. A difference is small only against how much the output varie
 a network that adds 1e10 to everything would hide any mistake behind its size.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dnal_mini.gating import set_gates
-from dnal_mini.graph.capture import evaluating
+from dnal_mini.graph.capture import evaluating, keeping_buffers
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.exact import as_exact_as
 from dnal_mini.graph.inputs import Given, Inputs, again, drawn, like, resized, told
@@ -191,29 +190,12 @@ def outputs(net: nn.Module, inputs: Sequence[Any], batch_statistics: bool = Fals
 
     ``batch_statistics``: its norms in train mode.
     """
-    with evaluating(net), _keeping_buffers(net), as_exact_as(net):
+    with evaluating(net), keeping_buffers(net), as_exact_as(net):
         for module in net.modules():
             if isinstance(module, _BatchNorm):
                 module.train(batch_statistics)
         output = net(*again(inputs))
     return [tensor.detach().double() for tensor in tensors_in(output)]
-
-
-@contextmanager
-def _keeping_buffers(net: nn.Module) -> Iterator[None]:
-    """Inside the block running statistics may move; afterwards they are what they were."""
-    own = [
-        (m, name, b, b.clone())
-        for m in net.modules()
-        for name, b in m._buffers.items()
-        if b is not None
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer, before in own:
-            buffer.copy_(before)
-            module._buffers[name] = buffer
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dnal_mini.deployment.fold import fold
-from dnal_mini.gating import check_gates, gates, set_gates
+from dnal_mini.gating import check_gates, gates, need_finite, set_gates
 from dnal_mini.graph.copies import copied
 from dnal_mini.graph.inputs import Given, Inputs, drawn, given, like, recorded, written
 from dnal_mini.layers.mixed import parts
@@ -233,11 +233,7 @@ def _check_options(
 
 def _check_numbers(net: nn.Module) -> None:
     """Raises: ValueError for weights or statistics that cannot be those of a trained network."""
-    norms = [n for n, m in net.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    buffers = ((n, b) for n, b in net.named_buffers() if n.rpartition(".")[0] in norms)
-    for name, tensor in (*net.named_parameters(), *buffers):  # another buffer may be a mask
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise Refused(f"got NaN or infinite numbers in {name}; need a network that works")
+    need_finite(net)
     for name, norm in net.named_modules():
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
             continue
