@@ -3,6 +3,7 @@
 Whole: as many figures as its notebook stores, all told in words, no error, light enough to load.
 """
 
+import functools
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -47,6 +48,12 @@ def fetched(html: str) -> list[str]:
     return [address for address in parser.addresses if not address.startswith("data:")]
 
 
+@functools.cache
+def html_of(page: str) -> str:
+    """The text of a built page, read once."""
+    return (SITE / f"{page}.html").read_text(encoding="utf-8")
+
+
 def is_external(address: str) -> bool:
     """True for an address on another host, also without a scheme (``//host/path``)."""
     return bool(urlsplit(address).netloc)
@@ -75,7 +82,7 @@ def test_the_site_has_the_pages_of_the_table_of_contents_and_no_others():
 @needs_site
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_shows_no_error(page: str):
-    html = (SITE / f"{page}.html").read_text(encoding="utf-8")
+    html = html_of(page)
     assert [trace for trace in TRACES if trace in html] == []
 
 
@@ -83,7 +90,7 @@ def test_a_page_shows_no_error(page: str):
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_fetches_only_files_that_the_site_holds(page: str):
     path = SITE / f"{page}.html"
-    addresses = fetched(path.read_text(encoding="utf-8"))
+    addresses = fetched(html_of(page))
     assert addresses
     assert [address for address in addresses if is_external(address)] == []
     local = {path.parent / unquote(urlsplit(address).path) for address in addresses}
@@ -93,7 +100,7 @@ def test_a_page_fetches_only_files_that_the_site_holds(page: str):
 @needs_site
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_with_formulas_carries_its_own_mathjax(page: str):
-    html = (SITE / f"{page}.html").read_text(encoding="utf-8")
+    html = html_of(page)
     mathjax = [address for address in fetched(html) if "mathjax" in address]
     assert 'class="math' not in html or mathjax == ["../_static/mathjax/tex-chtml.js"]
 
@@ -166,13 +173,13 @@ def test_figures_without_words_are_found():
 @needs_site
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_shows_what_its_notebook_stores(page: str):
-    html = (SITE / f"{page}.html").read_text(encoding="utf-8")
+    html = html_of(page)
     assert shown(html) == stored(page)
 
 
 @needs_site
 def test_the_site_is_not_empty():
-    pages = [(SITE / f"{page}.html").read_text(encoding="utf-8") for page in PAGES]
+    pages = [html_of(page) for page in PAGES]
     counts = [shown(html) for html in pages]
     found = {name: sum(count[name] for count in counts) for name in counts[0]}
     assert len(pages) >= LEAST["pages"]
@@ -185,7 +192,7 @@ def test_the_site_is_not_empty():
 @needs_site
 @pytest.mark.parametrize("page", PAGES)
 def test_every_figure_is_told_in_words(page: str):
-    assert Figures((SITE / f"{page}.html").read_text(encoding="utf-8")).wordless == []
+    assert Figures(html_of(page)).wordless == []
 
 
 @needs_site
@@ -197,7 +204,7 @@ def test_a_page_weighs_at_most_three_megabytes(page: str):
 @needs_site
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("notebooks/")])
 def test_a_notebook_can_be_downloaded_from_its_page(page: str):
-    html = (SITE / f"{page}.html").read_text(encoding="utf-8")
+    html = html_of(page)
     assert f'href="../_sources/{page}.ipynb"' in html
     copy = (SITE / "_sources" / f"{page}.ipynb").read_bytes()
     assert copy == (ROOT / f"{page}.ipynb").read_bytes()

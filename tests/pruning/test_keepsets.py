@@ -47,16 +47,6 @@ def settled(net: nn.Module, how: str = "scatter", **options: int) -> tuple[dict[
     return {name: keeps.why[node].tolist() for name, node in named(analysis).items()}, keeps
 
 
-def test_in_a_chain_only_what_lives_stays():
-    net = Two(chain)
-    close(net.bn1, 1, 4)
-    close(net.bn2, 0)
-    why, _ = settled(net)
-    assert why["conv1"] == why["bn1"] == why["relu"] == [NEEDED, GONE, NEEDED, NEEDED, GONE, NEEDED]
-    assert why["conv2"] == why["bn2"] == [GONE] + [NEEDED] * 5
-    assert why["head"] == [NEEDED] * 4
-
-
 def test_a_sum_ties_a_dead_channel_to_a_live_one():
     """G5, G6: with "tie" all members keep the union; with "scatter" the branch keeps its own."""
     net = Two(residual)
@@ -131,50 +121,6 @@ def test_a_layer_called_again_has_one_width():
     for name in ("relu", "relu_1", "conv2", "conv2_1"):  # 2 lives at the end: so everywhere
         assert [place for place, reason in enumerate(why[name]) if reason == GONE] == [1]
     assert why["relu"] == [TIED, GONE, TIED, NEEDED, NEEDED, NEEDED]
-
-
-@pytest.mark.parametrize(
-    ("least", "multiple", "left"), [(1, 1, 3), (4, 1, 4), (1, 2, 4), (1, 5, 5), (2, 3, 3)]
-)
-def test_dead_channels_are_held_for_a_wanted_width(least, multiple, left):
-    net = Two(chain)
-    close(net.bn1, 0, 2, 3)
-    why, _ = settled(net, min_channels=least, round_to=multiple)
-    assert sum(w != GONE for w in why["conv1"]) == left
-    assert why["conv1"].count(HELD) == left - 3
-
-
-def test_a_width_is_never_above_that_of_the_net():
-    net = Two(chain)
-    close(net.bn1, 0)
-    why, _ = settled(net, round_to=4, min_channels=100)
-    assert len(why["conv1"]) == 6
-    assert GONE not in why["conv1"]
-
-
-@pytest.mark.parametrize("how", ["scatter", "tie"])
-def test_a_dead_branch_is_emptied_and_its_inside_is_idle(how):
-    """G8: block = act(skip)."""
-    net = Two(residual)
-    close(net.bn2, *range(6))
-    why, keeps = settled(net, how)
-    assert [(modules_around(node)[-1], stride) for node, stride in keeps.emptied.items()] == [
-        ("bn2", 1)
-    ]
-    assert {modules_around(node)[-1] for node in keeps.idle} == {"bn2", "conv2"}
-    assert why["bn2"] == why["conv2"] == [GONE] * 6
-    assert why["relu"] == [NEEDED] * 6
-
-
-def test_a_dead_layer_in_a_chain_keeps_a_channel_and_a_note():
-    """G17."""
-    net = Two(chain)
-    close(net.bn1, *range(6))
-    why, keeps = settled(net)
-    assert sum(w != GONE for w in why["relu"]) == 1
-    assert keeps.notes == ["all dead: the input of Conv2d conv2 keeps 1 of 6 channels"]
-    _, keeps = settled(net, min_channels=3)
-    assert keeps.notes == ["all dead: the input of Conv2d conv2 keeps 3 of 6 channels"]
 
 
 NUMBERS = {  # code that has a width written down, or makes a number of it
