@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from small_nets import outputs, relative_difference, settled
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 import dnal_mini as dnal
@@ -80,6 +81,18 @@ def counts(net: nn.Module, x: Tensor) -> Tensor:
     return x if net.count % 2 else -x
 
 
+def by_exact_class(net: nn.Module, x: Tensor) -> Tensor:
+    return x * (2 if type(net.bn) is nn.BatchNorm2d else 1)
+
+
+def distributed() -> nn.Module:
+    """As every process of a group has it; there is no group here."""
+    net = DistributedDataParallel.__new__(DistributedDataParallel)
+    nn.Module.__init__(net)
+    net.module = Net()
+    return net
+
+
 def quantised() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -97,6 +110,7 @@ def infinite_statistics(net: nn.Module) -> None:
 
 REFUSED = {
     "DataParallel": (lambda: nn.DataParallel(Net()), "DataParallel around.*pass net.module"),
+    "distributed": (distributed, "DistributedDataParallel around.*pass net.module"),
     "averaged": (lambda: AveragedModel(Net()), "AveragedModel around.*pass net.module"),
     "compiled": (lambda: torch.compile(Net()), "OptimizedModule around.*pass net._orig_mod"),
     "without forward": (NoForward, r'NoForward.*missing the required "forward" function'),
@@ -121,6 +135,7 @@ REFUSED = {
     ),
     "dropout": (lambda: Net(drops), rf"random numbers.*\(dropout at {HERE}x = self.middle"),
     "noise of others": (lambda: Net(draws_elsewhere), "gives one image two answers"),
+    "exact class": (lambda: Net(by_exact_class), "does not look at what a layer is made of"),
     "counts": (lambda: Net(counts), "gives one image two answers"),
 }
 

@@ -190,3 +190,25 @@ def test_the_fits_find_the_laws_that_made_the_points():
     assert found["images"] == {"slope_s_per_image": 0.002, "intercept_s": 0.25, "r2": 1}
     assert found["width"] == {"exponent": 1.75, "seconds_at_width_1": 4, "r2": 1}
     assert found["batch"] == {"a_s": 1.5, "b_s": 32, "r2": 1, "s_per_step": 0.05}
+
+
+def test_random_nets_go_on_where_they_stopped_and_a_wrong_one_is_named(
+    tmp_path, monkeypatch, capsys
+):
+    bench, out, summary = load("random_nets"), tmp_path / "nets.jsonl", tmp_path / "s.jsonl"
+    for count in (2, 3):
+        words = f"--count {count} --seed0 5 --out {out} --summary {summary}"
+        monkeypatch.setattr(sys, "argv", ["random_nets", *words.split()])
+        bench.main()
+    lines = [json.loads(line) for line in summary.read_text().splitlines()]
+    assert [(line["nets"], line["mismatches"], line["reloaded"]) for line in lines] == [
+        (2, 0, 0),
+        (3, 0, 1),
+    ]
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["seed"] for row in rows] == [5, 6, 7]
+    assert not capsys.readouterr().err
+    assert bench.complaint(rows[0] | {"eval": 1e-3}) == "outputs differ by 1.0e-03 (eval)"
+    assert bench.complaint(rows[0] | {"train_larger": float("nan")})
+    assert bench.complaint(rows[2] | {"reloaded": False}) == "the file gives another net"
+    assert bench.complaint(rows[0] | {"error": "Refused: got"}) == "Refused: got"
