@@ -82,23 +82,34 @@ def _prepare(net: nn.Module, name: str, entry: Mapping[str, Any], like: Tensor) 
 
 
 def keep_indices(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -> None:
-    """Keep the given indices of the given axes of a parameter or buffer, in place."""
+    """Keep the given indices of the given axes of a parameter or buffer, in place.
+
+    By whatever names it goes: layers that share it go on sharing.
+    """
     parent, _, last = name.rpartition(".")
-    owner: Any = net.get_submodule(parent)
-    tensor = small = getattr(owner, last)
+    tensor = small = getattr(net.get_submodule(parent), last)
     for axis, index in axes.items():
         small = small.detach().index_select(int(axis), torch.tensor(index, device=tensor.device))
     is_weight = isinstance(tensor, nn.Parameter)
-    setattr(owner, last, nn.Parameter(small, tensor.requires_grad) if is_weight else small)
+    small = nn.Parameter(small, tensor.requires_grad) if is_weight else small
+    for owner in list(net.modules()):
+        for own, held in [*owner._parameters.items(), *owner._buffers.items()]:
+            if held is tensor:
+                setattr(owner, own, small)
+                _follow(owner, own, small)
+
+
+def _follow(owner: Any, name: str, small: Tensor) -> None:
+    """Let the attributes of a layer say what its cut tensor has, in place."""
     if isinstance(owner, _NormBase):
         owner.num_features = len(small)
     elif isinstance(owner, nn.PReLU):
         owner.num_parameters = len(small)
-    elif last == "weight" and isinstance(owner, nn.Linear):
+    elif name == "weight" and isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = small.shape
-    elif last == "weight" and isinstance(owner, CONVS):
+    elif name == "weight" and isinstance(owner, CONVS):
         owner.out_channels, owner.in_channels = len(small), small.shape[1] * owner.groups
-    elif last == "weight" and isinstance(owner, TRANSPOSED):
+    elif name == "weight" and isinstance(owner, TRANSPOSED):
         owner.in_channels, owner.out_channels = small.shape[:2]
 
 

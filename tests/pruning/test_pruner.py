@@ -27,6 +27,7 @@ from dnal_mini.measure.cost import cost
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.certificate import certified
 from dnal_mini.pruning.foldgates import drop_gates
+from dnal_mini.pruning.netfile import load, save
 from dnal_mini.pruning.pruner import prune
 
 
@@ -701,3 +702,33 @@ def test_a_net_on_the_gpu_is_pruned_there():
     small = prune(gated("resnet56", keep=0.5).cuda(), SHAPE)
     assert {tensor.device.type for tensor in small.module.state_dict().values()} == {"cuda"}
     assert small.module(torch.randn(2, *SHAPE, device="cuda")).isfinite().all()
+
+
+class Lent(nn.Module):
+    """Two convolutions with one weight, each with a norm of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7)
+        self.a, self.p = nn.Conv2d(7, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7)
+        self.b, self.q = nn.Conv2d(7, 7, 3, padding=1, bias=False), nn.BatchNorm2d(7)
+        self.b.weight = self.a.weight
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.p(self.a(self.bn(self.stem(x)).relu())).relu()
+        return self.fc(self.q(self.b(x)).relu().mean((2, 3)))
+
+
+def test_a_weight_of_two_layers_is_cut_in_both_and_stays_one(tmp_path):
+    net = settled(Lent())
+    for norm in (net.bn, net.p, net.q):
+        close(norm, 1, 4)
+    small = prune(net, SHAPE)
+    assert not small.report.walls
+    assert_same_function(net, small)
+    save(small, tmp_path / "net")
+    for cut in (small.module, load(tmp_path / "net", Lent).module):
+        assert cut.a.weight is cut.b.weight
+        assert [(c.in_channels, c.out_channels) for c in (cut.a, cut.b)] == [(5, 5)] * 2
+    assert_same_function(net, small)
