@@ -137,9 +137,8 @@ def is_random(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in tags:
         return False
     given = arguments(node)
-    if (training := given.get("train", given.get("training"))) is not None:
-        return bool(training) and given.get("p", 1) != 0
-    return True
+    chances = [given[name] for name in ("p", "dropout_p", "dropout") if name in given]
+    return bool(given.get("train", given.get("training", True))) and 0 not in chances
 
 
 def is_activation(node: fx.Node) -> bool:

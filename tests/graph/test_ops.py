@@ -1,5 +1,6 @@
 """One word for every operation of a captured net, however the user's code calls it."""
 
+import contextlib
 import operator
 from typing import Any
 
@@ -188,3 +189,24 @@ def test_an_einsum_written_as_a_product_and_a_sum_computes_the_same(formula, sha
 def test_what_overwrites_its_input_is_known(operation, overwrites):
     node, _ = last_call(lambda x: operation(x * 1))
     assert in_place(node) is overwrites
+
+
+def attended(x: Tensor, chance: float) -> Tensor:
+    return F.scaled_dot_product_attention(x, x, x, dropout_p=chance)
+
+
+@pytest.mark.parametrize(
+    ("operation", "draws"),
+    [
+        (torch.rand_like, True), (lambda x: F.dropout(x, 0.3, True), True),
+        (lambda x: F.dropout(x, 0.3, False), False), (lambda x: F.dropout(x, 0.0, True), False),
+        (lambda x: attended(x, 0.1), True), (lambda x: attended(x, 0.0), False),
+        (lambda x: F.rrelu(x, training=True), True), (F.rrelu, False), (torch.bernoulli, True),
+        (nn.Sequential(nn.Flatten(2), nn.GRU(64, 5, 2, dropout=0.3)), False),
+    ],
+)  # fmt: skip
+def test_what_draws_random_numbers_is_refused_and_what_may_but_does_not_is_taken(operation, draws):
+    images = (torch.rand(2, 6, 8, 8),)
+    refused = pytest.raises(ValueError, match="random numbers in eval mode")
+    with refused if draws else contextlib.nullcontext():
+        assert capture(Calls(operation).eval(), images).nodes
