@@ -76,7 +76,7 @@ def test_both_find_the_same_channels_in_random_nets(first: int):
 def test_both_find_the_same_channels_in_eleven_hundred_random_nets():
     wrong, whole = held_against(range(100, 1200))
     assert not wrong
-    assert whole >= 150
+    assert whole >= 150  # of 2,200; 200 was a guess, 174 were found: how many can be compared whole
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
