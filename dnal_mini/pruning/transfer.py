@@ -204,7 +204,7 @@ def in_order(found: Tensor) -> Tensor:
 def places_of(wanted: Tensor, among: Tensor) -> Tensor:
     """Where each wanted entry stands in a list of different ones; -1 if it does not."""
     ascending = among.sort()
-    at = torch.searchsorted(ascending.values, wanted).clamp(max=len(among) - 1)
+    at = torch.searchsorted(ascending.values, wanted.contiguous()).clamp(max=len(among) - 1)
     return torch.where(ascending.values[at] == wanted, ascending.indices[at], -1)
 
 

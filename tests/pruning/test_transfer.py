@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from dnal_mini.pruning.analysis import analyse
 from dnal_mini.pruning.facts import CONSTANT, FIXED, LIVE, ZERO, Analysis
 from dnal_mini.pruning.pruner import prune
+from dnal_mini.pruning.transfer import places_of
 
 SHAPE = (3, 8, 6)
 CLOSED = (1, 4)  # of six channels
@@ -521,3 +522,9 @@ def test_all_four_states_occur_in_the_judged_nets():
     seen = hold_the_facts(net, SHAPE)
     assert min(seen) > 0
     assert seen[LIVE] > seen[ZERO]
+
+
+def test_places_are_found_of_entries_in_any_order_of_memory():
+    wanted = torch.tensor([[7, 3, 9], [5, 7, 4]]).T
+    found = places_of(wanted, torch.tensor([5, 9, 7, 3]))  # a warning of torch's is an error here
+    assert found.tolist() == [[2, 0], [3, 2], [1, -1]]
