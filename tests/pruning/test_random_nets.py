@@ -249,8 +249,8 @@ def test_a_random_net_keeps_its_function(first: int):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("first", range(0, 5000, 250))
-def test_five_thousand_random_nets_keep_their_function(first: int):
+@pytest.mark.parametrize("first", range(0, 1000, 250))
+def test_a_thousand_random_nets_keep_their_function(first: int):
     found = failures(range(first, first + 250), both=True)
     assert not found, found
 

@@ -4,6 +4,7 @@ The cases are those of ``benchmarks/prune_zoo.py``, which writes them to a recor
 """
 
 import importlib.util
+import itertools
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,10 @@ def test_every_filter_that_squeezenet_can_miss_goes(keep: float):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("keep", zoo.KEEPS)
-@pytest.mark.parametrize("name", [*zoo.model_names(), *zoo.other_names()])
+@pytest.mark.parametrize(
+    ("name", "keep"),
+    [*zip((*zoo.model_names(), *zoo.other_names()), itertools.cycle(zoo.KEEPS), strict=False)],
+)
 def test_every_model_of_the_zoo_keeps_its_function(name: str, keep: float):
     for row in zoo.zoo_rows(name, keep):
         assert not zoo.complaint(row)
