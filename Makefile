@@ -14,7 +14,7 @@ test: $(READY)
 	$(BIN)/python book/render.py && $(BIN)/python -m pytest -n 2 --dist loadfile --nbmake tests notebooks
 
 slow: $(READY)
-	$(BIN)/python -m pytest -m slow tests
+	$(BIN)/python book/render.py && $(BIN)/python -m pytest -m slow tests
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/codespell $(PROSE)
