@@ -96,7 +96,8 @@ def _compare(
     """One trial; None if the whole network does not take such images.
 
     Nor does one take them that hands out other than ``rows``: ``x.reshape(-1, 360)`` takes pixels
-    of one image for those of another rather than fail.
+    of one image for those of another rather than fail. Nor one that makes no number of a size that
+    it was not cut for.
 
     Raises: ValueError if the networks differ, or the cut one does not run.
     """
@@ -107,6 +108,8 @@ def _compare(
         return None
     if _rows(expected, images) != rows:
         return None
+    if batch and any(bool(tensor.isnan().any()) for tensor in expected):
+        return None  # such as the mean of a map that has no pixel left
     count, *shape = _image_shape(images)
     where = f"in {mode} mode on {told(size)}"
     try:
@@ -119,8 +122,9 @@ def _compare(
     for place, (a, b) in enumerate(zip(expected, found, strict=True)):
         if a.shape != b.shape or not a.numel():
             raise Refused(f"got outputs of other shapes {where}; do report it")
-        apart, largest = float((a - b).abs().max()), float(a.abs().max())
-        spread = float((a - a[:1]).abs().max()) if rows[place] else largest
+        apart, largest = _largest(_gap(a, b)), _largest(a[a.isfinite()])
+        varies = _gap(a, a[:1].expand_as(a))
+        spread = _largest(varies[varies.isfinite()]) if rows[place] else largest
         exact = like(full).dtype
         allowed = TOLERANCE * spread + ROUNDING * torch.finfo(exact).eps * largest
         if not apart <= allowed and exact == torch.float64:
@@ -135,6 +139,15 @@ def _compare(
         relative = max(relative, apart / (spread or largest or 1.0))
         share = min(share, spread / largest if largest else 1.0)
     return Trial(tuple(shape), count, mode, absolute, relative, share)
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b|; none between infinities of one sign, such as the logits that a mask rules out."""
+    return (a - b).abs().masked_fill(a == b, 0.0)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def _image_shape(inputs: Sequence[Any]) -> torch.Size:
@@ -181,7 +194,7 @@ def _noise(
     with _Rounded():
         other = outputs(full, images, train)
     pairs = zip(expected, other, strict=True)
-    return [float((a - b).abs().max()) if a.numel() else 0.0 for a, b in pairs]
+    return [_largest(_gap(a, b)) for a, b in pairs]
 
 
 @torch.no_grad()

@@ -87,3 +87,44 @@ def test_a_size_at_which_pixels_of_images_are_mixed_is_none_that_a_net_takes():
     assert len(net(wider)) == 12
     small = prune(net, SHAPE)
     assert {tuple(trial["image_shape"]) for trial in small.spec["trials"]} == {SHAPE}
+
+
+class Chosen(nn.Module):
+    """Logits of which a mask rules some out, others for each image; a second mean over pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7)
+        self.fc = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.bn(self.conv(x)).relu()
+        logits = self.fc(maps.mean((2, 3)))
+        out = x[:, 0, 0, :5] > 0.5
+        far = maps[:, :, 4:].mean((2, 3))  # no pixel at half the size
+        return logits.masked_fill(out, float("-inf")), far
+
+
+def chosen() -> nn.Module:
+    torch.manual_seed(4)
+    return settled(Chosen()).double().eval()
+
+
+def test_logits_that_a_mask_rules_out_and_means_of_nothing_are_no_difference():
+    net = chosen()
+    close(net.bn, 1, 4)
+    small = prune(net, SHAPE)
+    assert small.module.fc.in_features == 5
+    sizes = {tuple(trial["image_shape"]) for trial in small.spec["trials"]}
+    assert SHAPE in sizes
+    assert len(sizes) == 2
+    assert (3, 4, 5) not in sizes, "there the second output is no number"
+
+
+@pytest.mark.parametrize("fault", [1e-5, float("inf"), float("nan")])
+def test_a_fault_beside_infinite_logits_is_seen(fault: float):
+    net, other = chosen(), chosen()
+    certified(net, other, SHAPE)
+    other.fc.bias.data[3] += fault
+    with pytest.raises(ValueError, match="differ"):
+        certified(net, other, SHAPE)
