@@ -113,7 +113,7 @@ def _read_image(path: Path, size: tuple[int, int] | None, resize: bool = False) 
 
     Of several frames the first, turned as its EXIF orientation says.
     """
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
     try:
         with open_image(path) as image:
@@ -121,8 +121,12 @@ def _read_image(path: Path, size: tuple[int, int] | None, resize: bool = False) 
             pixels: Image.Image = image
             if mode == "P" and "transparency" in image.info:  # from here to RGB it would warn
                 pixels = image.convert("RGBA")
-            if not deep:
-                pixels = ImageOps.exif_transpose(pixels).convert("RGB")
+            if not deep:  # no copy where none is needed: most of the time of small images
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                    pixels = ImageOps.exif_transpose(pixels)
+                if pixels.mode != "RGB":
+                    pixels = pixels.convert("RGB")
+                pixels.load()
     except Exception as error:  # a damaged file can raise nearly anything in a decoder
         raise refusal(
             path, line_of(error), "an image that can be read", "replace or remove it"
