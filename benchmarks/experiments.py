@@ -9,58 +9,23 @@ first. ``--list`` prints them. Hours on a core; prints one JSON line per finishe
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
+from jobs import Job, Place
+from packed import pack
 
 from dnal_mini import recipes
 from dnal_mini.config import Budget, SearchConfig
-from dnal_mini.data.imageset import Split
-from dnal_mini.gating import add_gates, gates, set_gates
-from dnal_mini.measure import microscope
 from dnal_mini.runs import runlog
-from dnal_mini.runs.runfolder import RunFolder
-from dnal_mini.search.driver import run
-from dnal_mini.search.inputs import build, load_data, placed
-from dnal_mini.search.stages import arch_stage
-from dnal_mini.training.stage import Session
+from dnal_mini.runs.runlog import Row
 
 RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (0, 1, 2)
 PRICES = (3e-4, 1e-3, 3e-3)
-LOOKED_AT = 2048  # training images that the microscope measures the pulls on
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run: its record is ``results/<folder>/<name>-seed<seed>.jsonl``.
-
-    ``parent``: the job whose finished stages it takes over. ``like``: the job whose share of MACs
-    becomes its target; ``compute_of_like`` sets its epochs so that both cost the same.
-    """
-
-    folder: str
-    name: str
-    config: SearchConfig
-    parent: str = ""
-    like: str = ""
-    compute_of_like: bool = False
-    kind: Literal["run", "gates", "look"] = "run"
-
-    @property
-    def key(self) -> str:
-        return f"{self.folder}/{self.name}-seed{self.config.seed}"
-
-    @property
-    def record(self) -> Path:
-        return RESULTS / f"{self.key}.jsonl"
 
 
 def plan(seeds: tuple[int, ...] = SEEDS) -> dict[str, Job]:
@@ -68,7 +33,8 @@ def plan(seeds: tuple[int, ...] = SEEDS) -> dict[str, Job]:
     jobs: list[Job] = []
     for seed in seeds:
         base = recipes.vgg16_mini().replace(seed=seed)
-        jobs += _network("vgg16", base) + _settings(base) + _controls(base)
+        jobs += _network("vgg16", base) + _settings(base)
+        jobs += controls(base, f"base/vgg16-seed{seed}")
         jobs += _network("mobilenetv2", recipes.mobilenetv2_mini().replace(seed=seed))
     jobs.sort(key=lambda job: FIRST.index(job.folder))
     return {job.key: job for job in jobs}
@@ -136,124 +102,36 @@ def _settings(base: SearchConfig) -> list[Job]:
     return [*jobs, Job("ablations", "code-price-matched", code, key, like=key)]
 
 
-def _controls(base: SearchConfig) -> list[Job]:
-    """Other ways to a network of the same MACs: rules, and training from scratch."""
-    key, jobs = f"base/vgg16-seed{base.seed}", []
+def controls(base: SearchConfig, key: str, parent: str = "", folder: str = "controls") -> list[Job]:
+    """Other ways to a network of the MACs of run ``key``: rules, and training from scratch.
+
+    ``parent``: the job that has their first stage, if it is not that run.
+    """
+    parent, jobs = parent or key, []
     whole = base.weight_epochs + base.method.arch_epochs + base.fine_tune_epochs
     longer = base.method.arch_epochs + base.fine_tune_epochs
     for rule in ("random", "uniform", "l1-norm"):
         ruled = base.replace(method=rule, budget=Budget(macs=0.5))
-        jobs.append(Job("controls", rule, ruled, key, like=key))
+        jobs.append(Job(folder, rule, ruled, parent, like=key))
         longer_too = ruled.replace(fine_tune_epochs=longer)
-        jobs.append(Job("controls", f"{rule}-longer", longer_too, key, like=key))
+        jobs.append(Job(folder, f"{rule}-longer", longer_too, parent, like=key))
     scratch = base.replace(tuned_from="scratch", fine_tune_epochs=whole)
     narrow = scratch.replace(method="uniform", budget=Budget(macs=0.5))
     same = base.replace(tuned_from="scratch")
     return [
         *jobs,
-        Job("controls", "scratch", scratch, key),
-        Job("controls", "uniform-scratch", narrow, key, like=key),
-        Job("controls", "scratch-compute", same, key, like=key, compute_of_like=True),
+        Job(folder, "scratch", scratch, parent),
+        Job(folder, "uniform-scratch", narrow, parent, like=key),
+        Job(folder, "scratch-compute", same, parent, like=key, compute_of_like=True),
     ]
 
 
-def settled(job: Job) -> SearchConfig:
-    """The config of a job once the run that it is like is known."""
-    if not job.like:
-        return job.config
-    result = runlog.read(RESULTS / f"{job.like}.jsonl")[-1]
-    share = result["macs"][1] / result["macs"][0]
-    if not job.compute_of_like:
-        return job.config.replace(budget=Budget(macs=share))
-    like = job.config  # forward and backward are 3 passes, without weight gradients 2
-    passes = 3 * like.weight_epochs + 2 * like.method.arch_epochs
-    epochs = round(passes / 3 / share + like.fine_tune_epochs)
-    return job.config.replace(fine_tune_epochs=epochs)
-
-
-def run_job(job: Job, runs: Path, data_dir: str) -> None:
-    """Run a job in ``runs`` and put its record in its place."""
-    parent = str(runs / job.parent) if job.parent else ""
-    config = settled(job).replace(data_dir=data_dir, weights_from=parent)
-    out = runs / job.key
-    if job.kind == "look":
-        _look_through(config, out)
-    else:
-        run(config, out, until="gates" if job.kind == "gates" else None)
-    job.record.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(out / runlog.FILE_NAME, job.record)
-
-
-def _look_through(config: SearchConfig, out: Path) -> None:
-    """An architecture stage that is measured before its first epoch and after each."""
-    shutil.rmtree(out, ignore_errors=True)
-    data = load_data(config)
-    net = add_gates(placed(build(config, data), config, data), config.order)
-    feed = config.method_stages()[0].feed
-    some = Split(data.train.images[:LOOKED_AT], data.train.labels[:LOOKED_AT])
-
-    def seen(epoch: int) -> dict[str, Any]:
-        found = microscope.look(net, some, data, feed, batch=config.batch)
-        layers = microscope.summary(found, config.method.gate_price)
-        for name, gate in found.items():
-            layers[name]["s"] = [float(f"{value:.4g}") for value in gate["s"]]
-            if epoch == 0:
-                layers[name]["pulls"] = [float(f"{value:.3g}") for value in gate["pull"]]
-        return {"epoch": epoch, "delta": float(next(iter(gates(net).values())).delta)} | {
-            "images": LOOKED_AT,
-            "layers": layers,
-        }
-
-    with RunFolder(out, config, data) as folder:
-        folder.restore("weight_stage", net, torch.optim.SGD(net.parameters()))
-        folder.forget("arch_stage")  # taken over where only the looking is new: do it again
-        set_gates(net, mode="soft", delta=1.0)
-        folder.write("look", **seen(0))
-        for row in arch_stage(net, data, config, Session(folder, checkpoint_s=config.checkpoint_s)):
-            folder.log([row])
-            if row["kind"] == "epoch":
-                folder.write("look", **seen(row["epoch"]))
-
-
-def run_all(jobs: list[Job], every: dict[str, Job], words: list[str], at_a_time: int) -> int:
-    """Start jobs in processes of their own, parents first; returns how many failed."""
-    todo = [job for job in jobs if not job.record.exists()]
-    failed: set[str] = set()
-    running: dict[Future[tuple[int, str, float]], Job] = {}
-    with ThreadPoolExecutor(at_a_time) as pool:
-        while todo or running:
-            for job in list(todo):
-                needs = [every[key] for key in (job.parent, job.like) if key]
-                if any(need.key in failed for need in needs):
-                    failed.add(job.key)
-                    todo.remove(job)
-                elif len(running) < at_a_time and all(need.record.exists() for need in needs):
-                    todo.remove(job)
-                    running[pool.submit(_in_process, job, words)] = job
-            if todo and not running:
-                print(json.dumps({"needs_other_runs_first": [job.key for job in todo]}))
-                return len(todo) + len(failed)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                _report(future, running.pop(future), failed)
-    return len(failed)
-
-
-def _in_process(job: Job, words: list[str]) -> tuple[int, str, float]:
-    start = time.perf_counter()
-    command = [sys.executable, __file__, "--one", job.key, *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr[-2000:], time.perf_counter() - start
-
-
-def _report(future: "Future[tuple[int, str, float]]", job: Job, failed: set[str]) -> None:
-    code, text, seconds = future.result()
-    row: dict[str, Any] = {"job": job.key, "seconds": round(seconds, 1)}
-    if code:
-        failed.add(job.key)
-        row |= {"failed": code, "text": text}
-    elif (last := runlog.read(job.record)[-1])["kind"] == "result":
-        row |= {"macs": last["macs"][1] / last["macs"][0], "tuned": last["fine_tuned_accuracy"]}
-    print(json.dumps(row), flush=True)
+def told(row: Row, place: Place, every: dict[str, Job]) -> Row:
+    """A row of the queue, with what a finished run came to."""
+    path = place.record(every[row["job"]]) if row["kind"] == "done" else None
+    if path is None or (last := runlog.read(path)[-1])["kind"] != "result":
+        return row
+    return row | {"macs": last["macs"][1] / last["macs"][0], "tuned": last["fine_tuned_accuracy"]}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -263,22 +141,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", default="", help="folder with train/<class>/, test/<class>/")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so many")
     parser.add_argument("--list", action="store_true", help="print the runs and do nothing")
     options = parser.parse_args(arguments)
-    every = plan()
-    if options.one:
-        torch.set_num_threads(1)
-        run_job(every[options.one], options.runs, options.data_dir)
-        return 0
+    here = {"data_dir": options.data_dir}
+    every = {key: replace(job, config=job.config.replace(**here)) for key, job in plan().items()}
     begins = tuple(options.begins) or ("",)
     jobs = [job for job in every.values() if job.key.startswith(begins)]
     if options.list:
         for job in jobs:
             print(json.dumps({"job": job.key, "kind": job.kind, "config": job.config.settings()}))
         return 0
-    words = ["--data-dir", options.data_dir, "--runs", str(options.runs)]
-    return int(run_all(jobs, every, words, options.jobs) > 0)
+    place = Place(options.runs.absolute(), RESULTS)
+    try:
+        came_to = pack(
+            jobs, every, place, options.jobs,
+            until=time.monotonic() + 60 * options.minutes,
+            tell=lambda row: print(json.dumps(told(row, place, every)), flush=True),
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        print(json.dumps({"kind": "stopped", "text": "the same command goes on"}), flush=True)
+        return 130
+    return int(bool(came_to.failed))
 
 
 if __name__ == "__main__":

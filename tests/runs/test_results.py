@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+import experiments
 import pytest
-from test_benchmarks import load
+from jobs import Place, settled
 
 from dnal_mini.config import SearchConfig
 from dnal_mini.recipes import RECIPES
@@ -13,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 RECORDS = sorted([*RESULTS.glob("*.jsonl"), *RESULTS.glob("*_cpu/*.jsonl")])
 TARGETS = sorted(RESULTS.glob("targets/*.jsonl"))
-EXPERIMENTS = {key: job for key, job in load("experiments").plan().items() if job.record.exists()}
+PLACE = Place(Path("nowhere"), RESULTS)
+PLAN = experiments.plan()
+EXPERIMENTS = {key: job for key, job in PLAN.items() if (RESULTS / f"{key}.jsonl").exists()}
 ENDS = {"run": "result", "gates": "epoch", "look": "look"}
 BEGIN, END = "<!-- results: begin", "<!-- results: end -->"
 
@@ -70,12 +73,13 @@ def test_a_record_holds_no_path_of_the_machine(path: Path):
 @pytest.mark.parametrize("key", EXPERIMENTS)
 def test_the_record_of_an_experiment_is_that_of_the_plan(key: str):
     job = EXPERIMENTS[key]
-    rows = runlog.read(job.record)
+    assert PLACE.record(job), "it counts as done"
+    rows = runlog.read(RESULTS / f"{key}.jsonl")
     first, last = rows[0], rows[-1]
     assert (first["kind"], last["kind"]) == ("run", ENDS[job.kind])
     assert first["commit"]
     assert first["dirty"] is False
-    settings = load("experiments").settled(job).settings()
+    settings = settled(job, PLACE, PLAN).settings()
     recorded = SearchConfig.of(first["config"]).settings()
     elsewhere = {"data_dir", "weights_from"}
     assert recorded.keys() == settings.keys()
@@ -91,8 +95,7 @@ def test_the_record_of_an_experiment_is_that_of_the_plan(key: str):
 
 
 def test_no_record_of_an_experiment_is_beside_the_plan():
-    experiments = load("experiments")
-    planned = {job.record for job in experiments.plan().values()}
+    planned = {RESULTS / f"{key}.jsonl" for key in PLAN}
     there = {path for name in experiments.FIRST for path in (RESULTS / name).glob("*")}
     assert there <= planned
 
