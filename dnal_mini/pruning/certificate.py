@@ -74,8 +74,7 @@ def certified(
     else:  # one batch size alone
         found.append(_compare(full, small, image_shape, None, "train", rows))
     if 0 < first.share < HARDLY:  # a dead net has nothing to settle
-        pair = _settled(full, image_shape), _settled(small, image_shape)
-        found.append(_compare(*pair, image_shape, None, "settled", rows))
+        found.append(_compare(full, small, image_shape, None, "settled", rows))
     return [trial for trial in found if trial is not None]
 
 
@@ -101,6 +100,9 @@ def _compare(
 
     Raises: ValueError if the networks differ, or the cut one does not run.
     """
+    whole = full
+    if mode == "settled":
+        full, small = _settled(full, size), _settled(small, size)
     images = drawn(size, like(full), batch or 0, batch)
     try:
         expected = outputs(full, images, mode == "train") if expected is None else expected
@@ -128,7 +130,7 @@ def _compare(
         exact = like(full).dtype
         allowed = TOLERANCE * spread + ROUNDING * torch.finfo(exact).eps * largest
         if not apart <= allowed and exact == torch.float64:
-            noise = _noise(full, images, mode == "train", expected) if noise is None else noise
+            noise = noise or _noise(whole, size, images, mode, expected)
             allowed += NOISE * noise[place]
         if not apart <= allowed and exact == torch.float64:
             raise Refused(
@@ -182,7 +184,7 @@ class _Rounded(TorchDispatchMode):
 
 
 def _noise(
-    full: nn.Module, images: Sequence[Any], train: bool, expected: list[Tensor]
+    full: nn.Module, size: Given, images: Sequence[Any], mode: str, expected: list[Tensor]
 ) -> list[float]:
     """By output, how far a network is from itself if it rounds otherwise.
 
@@ -191,8 +193,9 @@ def _noise(
 
     Source: Monte Carlo arithmetic, Parker 1997 [parker1997monte].
     """
-    with _Rounded():
-        other = outputs(full, images, train)
+    with _Rounded():  # what settles statistics rounds, too
+        full = _settled(full, size) if mode == "settled" else full
+        other = outputs(full, images, mode == "train")
     pairs = zip(expected, other, strict=True)
     return [_largest(_gap(a, b)) for a, b in pairs]
 

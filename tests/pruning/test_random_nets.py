@@ -56,6 +56,21 @@ FIXED: dict[str, tuple[list[Step], int]] = {  # shrunk programs that failed once
         ],
         361,
     ),
+    "output that varies by rounding alone": (
+        [("shortcut", 16466), ("shared", 56124), ("conv", 28838), ("squeeze_excite", 61457)],
+        341,
+    ),
+    "mean over no pixel at another size": (
+        [
+            ("depthwise", 53808),
+            ("squeeze_excite", 36427),
+            ("supernet", 55921),
+            ("divide", 34355),
+            ("pool", 36012),
+            ("pad", 56097),
+        ],
+        104701,
+    ),
     "tie that grows": (
         [("shuffle", 50971), ("interpolate", 30040), ("conv", 26954), ("divide", 61324)],
         400,
