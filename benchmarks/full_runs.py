@@ -41,6 +41,7 @@ from dnal_mini.refused import Refused
 from dnal_mini.runs import runlog
 from dnal_mini.runs.origin import describe_run
 from dnal_mini.runs.runlog import Row, RunLog
+from dnal_mini.runs.signals import terminable
 from dnal_mini.search.inputs import load_data, settled
 from dnal_mini.training.devices import pick_device
 
@@ -246,15 +247,11 @@ def go(options: argparse.Namespace) -> int:
     log.write("call", card=card, torch=torch.__version__, minutes=options.minutes, jobs=at_a_time,
               epoch_s=epoch_s, wanted=len(jobs), done=done)  # fmt: skip
     threads = max(1, torch.get_num_threads() // at_a_time)
-    try:
-        came_to = pack(
-            jobs, every, place, at_a_time, threads=threads, until=until,
-            worth=worth_of(jobs, place, epoch_s, until),
-            tell=lambda row: log.write(**told(row, every, place)),
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        log.write("end", why="a signal", text="all is saved; the same command goes on")
-        return 130
+    came_to = pack(
+        jobs, every, place, at_a_time, threads=threads, until=until,
+        worth=worth_of(jobs, place, epoch_s, until),
+        tell=lambda row: log.write(**told(row, every, place)),
+    )  # fmt: skip
     why = "all is done" if not came_to.left else "the time is up; the same command goes on"
     return ended(log, came_to, why)
 
@@ -293,7 +290,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the runs and do nothing")
     options = parser.parse_args(arguments)
     try:
-        return go(options)
+        with terminable():
+            return go(options)
+    except KeyboardInterrupt:
+        Log(options.out / "full_runs.jsonl").write(
+            "end", why="a signal", text="all is saved; the same command goes on"
+        )
+        return 130
     except (Refused, OSError) as error:
         print(f"full_runs: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -83,7 +83,7 @@ def pack(
     """
     state = _Pack(every, place, _wanted(jobs, every, place))
     limit = at_a_time
-    with terminable():
+    with terminable():  # SIGTERM, too, comes as KeyboardInterrupt
         try:
             while (state.todo or state.running) and time.monotonic() < until:
                 _start(state, limit, threads, worth, act, until)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -334,6 +335,18 @@ def test_what_cannot_be_started_is_told_in_one_line(tmp_path, capsys, words: str
     assert says in said.err
     assert said.err.count("\n") == 1
     assert not list((tmp_path / "out").rglob("runs/*"))
+
+
+@pytest.mark.parametrize("place", ["load_data", "self_check", "pack"])
+def test_a_signal_at_any_moment_ends_in_one_line(tmp_path, capsys, monkeypatch, place: str):
+    def comes(*_: object, **__: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(full_runs, place, comes)
+    if place == "pack":
+        monkeypatch.setattr(full_runs, "self_check", lambda *_: {})
+    assert full_runs.main(["--data", "toy", "--out", str(tmp_path)]) == 130
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["why"] == "a signal"
 
 
 def test_a_full_disk_stops_no_run_and_is_told(tmp_path, capsys, monkeypatch):
