@@ -171,9 +171,9 @@ def _fail(state: _Pack, job: Job, reason: str, tell: Told) -> None:
     """Note a failed job and, with it, all that need it."""
     state.outcome.failed[job.key] = reason
     tell({"kind": "failed", "job": job.key, "reason": reason})
-    for other in [other for other in state.todo if job.key in (other.parent, other.like)]:
-        state.todo.remove(other)
-        _fail(state, other, f"not started: {job.key} failed", tell)
+    while needs := [other for other in state.todo if job.key in (other.parent, other.like)]:
+        state.todo.remove(needs[0])
+        _fail(state, needs[0], f"not started: {job.key} failed", tell)
 
 
 def _stop(state: _Pack) -> None:

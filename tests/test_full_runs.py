@@ -97,7 +97,8 @@ def test_a_parent_whose_folder_is_gone_trains_its_stages_again(tmp_path):
 
 
 def test_a_run_that_fails_stops_no_other_but_those_that_need_it(tmp_path):
-    jobs = of("fails", "b") + of("c", parent="some/fails-seed0") + of("e", like="some/c-seed0")
+    jobs = of("fails", "b") + of("c", parent="some/fails-seed0")
+    jobs += of("e", like="some/c-seed0", parent="some/fails-seed0")
     came_to, told = packed(tmp_path, jobs)
     assert came_to.done == ["some/b-seed0"]
     assert came_to.failed == {
