@@ -1,5 +1,6 @@
 """What every test stands on: a seed, repeatable kernels, one thread, no network."""
 
+import gc
 import os
 import random
 import socket
@@ -34,6 +35,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; else the order stays."""
     ranks = {name: rank for rank, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    """What is there before the first test stays: the search for garbage need not look at it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

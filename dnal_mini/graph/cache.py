@@ -6,13 +6,16 @@ Read ``structure_of``. A search asks hundreds of times what would be left of the
 import types
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dnal_mini.graph.capture import Capture, capture
+from dnal_mini.graph.copies import copied
 from dnal_mini.layers.channelmap import ChannelMap
+from dnal_mini.refused import Refused
 
 ROOM = 16  # captures that are kept
 
@@ -29,11 +32,24 @@ def captured(net: nn.Module, inputs: Sequence[Any]) -> Capture:
     if key is None:
         return capture(net, inputs)
     if key not in _kept:
-        _kept[key] = capture(net, inputs)
+        _kept[key] = _captured(net, inputs)
     _kept.move_to_end(key)
     while len(_kept) > ROOM:
         _kept.popitem(last=False)
     return _kept[key]
+
+
+def _captured(net: nn.Module, inputs: Sequence[Any]) -> Capture:
+    """In float64, in which nets are cut, also if this one is of float32: the same operations."""
+    if {t.dtype for t in (*net.parameters(), *net.buffers())} & {torch.float32}:
+        wide = [x.double() if _is_single(x) else x for x in inputs]
+        with suppress(Refused, TypeError):  # a forward, or a device, that is of float32 alone
+            return capture(copied(net).double(), wide)
+    return capture(net, inputs)
+
+
+def _is_single(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 class _Unknown(Exception):
@@ -44,7 +60,7 @@ def structure_of(net: nn.Module, inputs: Sequence[Any]) -> Hashable | None:
     """All that a forward can depend on but the numbers in tensors; None if that is not plain.
 
     Classes, names, attributes that are numbers, words, functions or nests of them, the shapes and
-    types of tensors.
+    types of tensors; float32 counts as float64.
     """
     numbers = {module: place for place, module in enumerate(net.modules())}
     try:
@@ -85,7 +101,8 @@ def _attributes(module: nn.Module, numbers: Mapping[nn.Module, int]) -> tuple:
 def _plain(value: Any, numbers: Mapping[nn.Module, int]) -> Hashable:
     """Raises: _Unknown for a value that cannot be compared."""
     if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype, value.device
+        dtype = torch.float64 if _is_single(value) else value.dtype
+        return tuple(value.shape), dtype, value.device
     if isinstance(value, nn.Module):
         if value not in numbers:
             raise _Unknown

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def as_exact_as(net: nn.Module) -> Iterator[None]:
 
     So two networks can be compared to more digits than the user's code keeps. Others run as ever.
     """
-    tensors = (t for t in (*net.parameters(), *net.buffers()) if t.is_floating_point())
+    tensors = (t for t in chain(net.parameters(), net.buffers()) if t.is_floating_point())
     if next((t.dtype for t in tensors), None) != torch.float64:
         yield
         return

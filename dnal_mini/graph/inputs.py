@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -153,7 +154,7 @@ def _odd(sides: Sequence[int], share: float) -> list[int]:
 
 def like(net: nn.Module) -> Tensor:
     """A tensor with the device and dtype of the net's first floating-point weight or buffer."""
-    tensors = (*net.parameters(), *net.buffers())
+    tensors = chain(net.parameters(), net.buffers())  # not one more than is looked at
     return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
 
 

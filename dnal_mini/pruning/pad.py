@@ -22,7 +22,7 @@ from dnal_mini.pruning.analysis import facts_of
 from dnal_mini.pruning.certificate import outputs
 from dnal_mini.pruning.facts import Analysis
 from dnal_mini.pruning.prepare import prepare, tensors_of
-from dnal_mini.pruning.surgery import keep_indices
+from dnal_mini.pruning.surgery import holders, keep_indices
 from dnal_mini.pruning.trial import follows
 from dnal_mini.pruning.weights import WEIGHTS
 
@@ -92,10 +92,11 @@ def padded(net: nn.Module, image_shape: Given, multiple: int = 8) -> nn.Module:
         if layer.groups > 1 and analysis.facts[node].kind in WEIGHTS and sets.more(node, multiple):
             owner: Any = wide.get_submodule(layer.owner)
             owner.groups += sets.more(node, multiple)
+    held = holders(wide)
     for name, axes in ends.items():
         size = analysis.tensors[name].shape
         index = {str(a): [*range(size[a]), *[0] * more] for a, more in axes.items()}
-        keep_indices(wide, name, index)
+        keep_indices(wide, name, index, held)
     for node, more in maps.items():
         layer = analysis.layer(node)
         source = [*layer.given["source"], *[-1] * more]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from dnal_mini.graph.capture import replace_everywhere
+from dnal_mini.graph.inputs import like
 from dnal_mini.graph.layer import CONVS, TRANSPOSED
 from dnal_mini.layers.channelmap import ChannelMap
 from dnal_mini.layers.hollow import hollow
@@ -38,15 +39,15 @@ def operate(net: nn.Module, spec: Mapping[str, Any]) -> None:
     Raises: ValueError if an entry does not fit the network: it belongs to another architecture.
     """
     name, modules = "", spec["modules"]
-    tensors = chain(net.parameters(), net.buffers())
-    like = next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+    some = like(net)
     try:
         for name, entry in modules.items():
-            _prepare(net, name, entry, like)
+            _prepare(net, name, entry, some)
+        held = holders(net)
         for name, axes in spec["keep"].items():
-            keep_indices(net, name, axes)
+            keep_indices(net, name, axes, held)
         for name in sorted(modules, key=is_role):  # a map goes around what is left of a layer
-            _replace(net, name, modules[name], like.device)
+            _replace(net, name, modules[name], some.device)
     except UNFIT as error:
         raise Refused(
             f"got a spec whose {name!r} does not fit this {type(net).__name__} "
@@ -59,13 +60,13 @@ def is_role(name: str) -> bool:
     return name.rpartition(".")[2] in ROLES
 
 
-def _prepare(net: nn.Module, name: str, entry: Mapping[str, Any], like: Tensor) -> None:
+def _prepare(net: nn.Module, name: str, entry: Mapping[str, Any], some: Tensor) -> None:
     """What cutting tensors along an axis cannot do: new ones, unequal picks of groups; in place."""
     layer: Any = (
         net.get_submodule(name) if entry.keys() & {"affine", "num_features", "inputs"} else None
     )
     if "affine" in entry:
-        make_affine(layer, like)
+        make_affine(layer, some)
     if "num_features" in entry:
         layer.num_features = int(entry["num_features"])
     if "inputs" in entry:  # each output row reads the inputs of its own group
@@ -81,10 +82,26 @@ def _prepare(net: nn.Module, name: str, entry: Mapping[str, Any], like: Tensor) 
         layer.groups, layer.in_channels = groups, len(keep)
 
 
-def keep_indices(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -> None:
+Holders = dict[int, list[tuple[nn.Module, str]]]  # by id of a tensor: whose it is, and its name
+
+
+def holders(net: nn.Module) -> Holders:
+    """The modules that hold each parameter and buffer."""
+    found: Holders = {}
+    for owner in net.modules():
+        for name, tensor in chain(owner._parameters.items(), owner._buffers.items()):
+            if tensor is not None:
+                found.setdefault(id(tensor), []).append((owner, name))
+    return found
+
+
+def keep_indices(
+    net: nn.Module, name: str, axes: Mapping[str, Sequence[int]], held: Holders
+) -> None:
     """Keep the given indices of the given axes of a parameter or buffer, in place.
 
-    By whatever names it goes: layers that share it go on sharing.
+    By whatever names it goes: layers that share it go on sharing. ``held``: ``holders`` of the
+    net, brought up to date.
     """
     parent, _, last = name.rpartition(".")
     tensor = small = getattr(net.get_submodule(parent), last)
@@ -92,11 +109,10 @@ def keep_indices(net: nn.Module, name: str, axes: Mapping[str, Sequence[int]]) -
         small = small.detach().index_select(int(axis), torch.tensor(index, device=tensor.device))
     is_weight = isinstance(tensor, nn.Parameter)
     small = nn.Parameter(small, tensor.requires_grad) if is_weight else small
-    for owner in list(net.modules()):
-        for own, held in [*owner._parameters.items(), *owner._buffers.items()]:
-            if held is tensor:
-                setattr(owner, own, small)
-                _follow(owner, own, small)
+    held[id(small)] = held.pop(id(tensor))
+    for owner, own in held[id(small)]:
+        setattr(owner, own, small)
+        _follow(owner, own, small)
 
 
 def _follow(owner: Any, name: str, small: Tensor) -> None:

@@ -1,6 +1,7 @@
 """What a network's forward leaves behind: a graph, and a refusal that names the true cause."""
 
 import collections
+import copy
 import dataclasses
 import warnings
 from typing import Any
@@ -171,6 +172,23 @@ def test_nets_of_one_structure_share_a_capture_whatever_their_numbers(monkeypatc
     assert captured(Net(shared), IMAGES) is not captured(Net(shared), (torch.rand(2, 3, 9, 9),))
 
 
+def test_a_net_is_captured_once_for_both_precisions_and_as_it_is_cut(monkeypatch):
+    monkeypatch.setattr(cache, "_kept", collections.OrderedDict())
+    net = changed(lambda net: None)
+    found = captured(net, IMAGES)
+    (norm,) = (n for n in found.nodes if "batch_norm" in str(n.target))
+    assert norm.meta["val"].dtype == torch.float64
+    assert captured(copy.deepcopy(net).double(), [x.double() for x in IMAGES]) is found
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+
+
+def test_a_forward_that_is_of_float32_alone_is_captured_so(monkeypatch):
+    monkeypatch.setattr(cache, "_kept", collections.OrderedDict())
+    mix = torch.rand(6, 5)  # a plain attribute: no net.double() finds it
+    found = captured(Net(lambda net, x: x @ mix), IMAGES)
+    assert [n.meta["val"].dtype for n in found.nodes if n.users][-1] == torch.float32
+
+
 def changed(change: Any) -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
     change(net)
@@ -184,7 +202,7 @@ CHANGES = {
     "flag": lambda net: setattr(net, "flag", True),
     "function": lambda net: setattr(net, "act", F.gelu),
     "words": lambda net: setattr(net, "plan", [1, ("a", 2.5)]),
-    "precision": lambda net: net.double(),
+    "precision": lambda net: net.half(),
     "another order": lambda net: setattr(net, "chain", [net[1], net[0]]),
 }
 

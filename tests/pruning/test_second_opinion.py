@@ -1,5 +1,7 @@
 """Two analyses that share no code, by torch.export and by torch.fx, find the same channels."""
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from random_nets import SHAPE, build, draw_gates, program
@@ -50,13 +52,14 @@ def random_net(seed: int) -> nn.Module:
     return net
 
 
-def held_against(seeds: range) -> tuple[list[str], int]:
+def held_against(seeds: Iterable[int]) -> tuple[list[str], int]:
     """What they disagree on, and in how many cases they were compared to the last channel."""
     wrong, whole = [], 0
     for seed in seeds:
+        net = random_net(seed)
         for residual in RESIDUALS:
             try:
-                found, all_of_it = difference(random_net(seed), SHAPE, residual)
+                found, all_of_it = difference(net, SHAPE, residual)
             except NotTaken:
                 continue
             whole += all_of_it
@@ -64,19 +67,18 @@ def held_against(seeds: range) -> tuple[list[str], int]:
     return wrong, whole
 
 
-@pytest.mark.parametrize("first", range(0, 100, 50))
-def test_both_find_the_same_channels_in_random_nets(first: int):
-    wrong, whole = held_against(range(first, first + 50))
+def test_both_find_the_same_channels_in_random_nets():
+    wrong, whole = held_against(range(20))
     assert not wrong
-    assert whole >= 4  # of 100: the second one takes a fifth of the nets, half of those alive
+    assert whole >= 4  # of 40: the second one takes a fifth of the nets, half of those alive
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_both_find_the_same_channels_in_eleven_hundred_random_nets():
-    wrong, whole = held_against(range(100, 1200))
+def test_both_find_the_same_channels_in_twelve_hundred_random_nets():
+    wrong, whole = held_against(range(20, 1200))
     assert not wrong
-    assert whole >= 150  # of 2,200; 200 was a guess, 174 were found: how many can be compared whole
+    assert whole >= 150  # of 2,360; 200 was a guess, 174 were found: how many can be compared whole
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)
@@ -123,6 +125,8 @@ FAULTS = {  # what the first analysis would do wrong, one law each
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_makes_them_disagree(fault: str, monkeypatch: pytest.MonkeyPatch):
+    seeds = (9, 18)  # both are compared whole
+    assert held_against(seeds) == ([], 4)
     monkeypatch.setattr(*FAULTS[fault])
-    wrong, _ = held_against(range(25))
+    wrong, _ = held_against(seeds)
     assert wrong
