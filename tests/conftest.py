@@ -16,8 +16,11 @@ from stopwatch import shorten
 
 from dnal_mini.search.driver import run
 
+gc.disable()  # until all is collected, see below
 torch.set_num_threads(1)  # the nets are tiny: threads that wait for each other cost more,
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # also in the processes that tests start
+CHILDREN = str(Path(__file__).parent / "children")  # what the processes that tests start read first
+os.environ["PYTHONPATH"] = os.pathsep.join([CHILDREN, *filter(None, [os.getenv("PYTHONPATH")])])
 torch.use_deterministic_algorithms(True)
 settings.register_profile("dnal", deadline=None, derandomize=True)
 settings.load_profile("dnal")
@@ -41,6 +44,7 @@ def pytest_collection_finish() -> None:
     """What is there before the first test stays: the search for garbage need not look at it."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

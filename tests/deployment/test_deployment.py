@@ -19,6 +19,7 @@ from dnal_mini.deployment.export import export, onnx_runner
 from dnal_mini.deployment.fold import deploy
 from dnal_mini.gating import add_gates, arch_parameters, set_gates
 from dnal_mini.layers.channelmap import ChannelMap
+from dnal_mini.layers.scaled_sigmoid import ScaledSigmoid
 from dnal_mini.measure.cost import cost
 from dnal_mini.models import MODELS
 from dnal_mini.pruning.pruner import prune
@@ -511,7 +512,7 @@ def test_a_forward_that_fixes_the_batch_size_is_told(path):
         (Net(plain), "there/net.pt2", (3, 5, 7), r"got folder .*there; need one that is there"),
         (Net(plain), "net.pt2", (5, 5, 7), r"got image_shape \(5, 5, 7\) \(.*channels.*\); need"),
         (Net(plain).half(), "net.pt2", (3, 5, 7), r"got a net in torch.float16; need float32 or"),
-        (gated("vgg16"), "net.pt2", SHAPE, r"got a net with 13 gates; need one without"),
+        (ScaledSigmoid(3), "net.pt2", (3, 5, 7), r"got a net with 1 gates; need one without"),
     ],
     ids=["suffix", "no suffix", "folder", "shape", "dtype", "gates"],
 )
