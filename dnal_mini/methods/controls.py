@@ -77,11 +77,20 @@ class L1Norm(Control):
 def filter_norms(net: nn.Module) -> dict[str, Tensor]:
     """Sum of absolute weights of the filter that makes each gated channel, by gate: (channels,).
 
-    The filter is that of the convolution which ran last before the gate's BatchNorm, in the order
-    in which modules are defined; this is so in all networks of ours.
     Raises: ValueError for a gate without a convolution of its width in front of it.
     """
-    norms: dict[str, Tensor] = {}
+    made_by = filters(net).items()
+    return {name: conv.weight.detach().abs().flatten(1).sum(1) for name, conv in made_by}
+
+
+def filters(net: nn.Module) -> dict[str, Any]:
+    """The convolution whose filters make the channels of each gate, by gate.
+
+    The one that ran last before the gate's BatchNorm, in the order in which modules are defined;
+    this is so in all networks of ours.
+    Raises: ValueError for a gate without a convolution of its width in front of it.
+    """
+    found: dict[str, Any] = {}
     last: Any = None
     for name, module in net.named_modules():
         if isinstance(module, CONVS) and module.weight is not None:
@@ -90,5 +99,5 @@ def filter_norms(net: nn.Module) -> dict[str, Tensor]:
             count = len(module.s)
             if last is None or last.out_channels != count:
                 raise Refused(f"got gate {name} without a convolution of {count} channels")
-            norms[name] = last.weight.detach().abs().flatten(1).sum(1)
-    return norms
+            found[name] = last
+    return found
