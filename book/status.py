@@ -85,6 +85,7 @@ def pages() -> list[Row]:
         code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
         reads = re.search(r"\bresults\b", code) and re.search(r"runlog|read_json|jsonl", code)
         in_path = r"""/ *["']{0}["'/]|["'/]{0}/"""  # a joined path, or a part of one
+        in_path += r"""|\bfor folder in \([^)]*["']{0}["']"""  # or a loop over folders
         named = [f"`{f}`" for f in folders if re.search(in_path.format(f), code)]
         everything = reads and any(word in code for word in WHOLE)
         page = f"{{doc}}`/notebooks/{path.stem}`"

@@ -187,6 +187,16 @@ def test_the_command_writes_copies_and_leaves_the_book_alone(tmp_path: Path, cap
     assert NOTEBOOKS[0].read_bytes() == before
 
 
+READS = {  # which folders a page opens a record of, as seen while it runs
+    "04_cutting_channels": ["pruning"],
+    "06_gates_across_delta": ["ablations", "base", "microscope"],
+    "07_order_of_the_layer": ["base", "order"],
+    "08_joint_or_sequential": ["base", "joint"],
+    "09_what_matters": ["ablations", "base", "controls", "joint", "order"],
+    "10_paper_code_ours": ["ablations", "base", "cifar10_cpu"],
+}
+
+
 def test_the_page_of_numbers_counts_every_record_and_every_notebook():
     files = {
         path.parent.name for path in (ROOT / "results").rglob("*.jsonl") if path.stat().st_size
@@ -197,7 +207,8 @@ def test_the_page_of_numbers_counts_every_record_and_every_notebook():
     assert (digits["files"], digits["recipes"], digits["seeds"]) == (1, "digits", "0")
     reads = {row["page"]: row["reads records in"] for row in status.pages()}
     assert set(reads) >= {f"{{doc}}`/notebooks/{path.stem}`" for path in NOTEBOOKS}
-    assert reads["{doc}`/notebooks/04_cutting_channels`"] == "`pruning`"
+    for page, folders in READS.items():
+        assert reads[f"{{doc}}`/notebooks/{page}`"] == ", ".join(f"`{f}`" for f in folders)
     assert reads["{doc}`/notebooks/05_cifar10_full_runs`"] == "all"
     assert reads["{doc}`/notebooks/01_sigmoid_to_switch`"].startswith("none")
     assert {"what": "Python", "version": platform.python_version()} in status.tools()
