@@ -60,7 +60,7 @@ def verdict(differences: Iterable[float], among: int) -> Verdict:
     Positive differences speak for "better". One seed tells nothing: its interval is infinite.
     Source: dunn1961. Raises: Refused for no difference, or a page with fewer than one question.
     """
-    values = list(differences)
+    values = [float(value) for value in differences]
     if not values or among < 1:
         raise Refused(
             f"got {len(values)} differences among {among} questions; need at least one of each; "
