@@ -1,5 +1,5 @@
-"""Read by each Python that a test starts, kernels of notebooks too: runs there time their two nets
-for a fifth of a second, not for two. Costs nothing where nobody imports the stopwatch.
+"""Read by each Python that a test starts: runs there time their two nets for a fifth of a second,
+not for two. Not in kernels, since notebooks look at the times. Costs nothing without a stopwatch.
 """
 
 import importlib.util
@@ -29,4 +29,5 @@ class Brief:
         return spec
 
 
-sys.meta_path.insert(0, Brief())  # type: ignore[arg-type]
+if "ipykernel_launcher" not in sys.orig_argv:
+    sys.meta_path.insert(0, Brief())  # type: ignore[arg-type]
