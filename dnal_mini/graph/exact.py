@@ -19,7 +19,7 @@ class _Wide(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") in CASTS and args[0].dtype == torch.float64:
             return args[0]
-        if any(type(value) is torch.dtype for value in args):
+        if torch.dtype in map(type, args):
             args = tuple(map(_widened, args))
         if kwargs:
             return func(*args, **{name: _widened(value) for name, value in kwargs.items()})

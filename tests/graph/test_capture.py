@@ -3,6 +3,7 @@
 import collections
 import copy
 import dataclasses
+import gc
 import warnings
 from typing import Any
 
@@ -160,6 +161,19 @@ def test_a_refusal_is_one_line_with_the_true_cause(case):
 def test_what_a_forward_prints_is_not_seen(capsys):
     capture(Net(lambda net, x: (print("hello"), x)[1]), IMAGES)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_garbage_is_searched_for_afterwards_as_before(searched):
+    seen = []
+    net = Net(lambda net, x: (seen.append(gc.isenabled()), x)[1])
+    (gc.enable if searched else gc.disable)()
+    try:
+        capture(net, IMAGES)
+        assert gc.isenabled() is searched
+    finally:
+        gc.enable()
+    assert not any(seen)
 
 
 # --- by structure ----------------------------------------------------------------------------
