@@ -32,9 +32,9 @@ from dnal_mini.search.driver import run
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "book" / "data"
-IDS = [f"A7.{k}" for k in range(1, 8)] + [f"B{k}" for k in range(1, 21)]
-IDS += [f"C.{k}" for k in range(1, 21)] + [f"D1.{k}" for k in range(1, 10)]
-IDS += [f"G7.{k}" for k in range(1, 6)]
+IDS = [f"formula {k}" for k in range(1, 8)] + [f"step {k}" for k in range(1, 21)]
+IDS += [f"setting {k}" for k in range(1, 21)] + [f"size {k}" for k in range(1, 10)]
+IDS += [f"count {k}" for k in range(1, 6)]
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
