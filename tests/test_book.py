@@ -41,8 +41,9 @@ class Fetches(HTMLParser):
             self.addresses.append(address)
 
 
+@functools.cache
 def fetched(html: str) -> list[str]:
-    """Addresses that a page makes the browser fetch, data: URIs left out."""
+    """Addresses that a page makes the browser fetch, data: URIs left out; parsed once."""
     parser = Fetches()
     parser.feed(html)
     return [address for address in parser.addresses if not address.startswith("data:")]
