@@ -136,7 +136,7 @@ def _pad_rule(node: fx.Node, analysis: Analysis) -> None:
     state, value, steady = pick(analysis.facts[x], at)
     state, value = known(state, torch.where(at < 0, fill, value))
     if mode == "constant":
-        meets = (at >= 0) & (state < FIXED) & (value != fill)
+        meets = (at >= 0) & (state < FIXED) & ((value != fill) | ~steady)  # in either mode
         state[meets], value[meets] = FIXED, 0
     out = fresh(len(at), shape_of(node), shadow.axis)
     analysis.add(node, "pad", out, state, value, steady, [(x, at)])

@@ -71,8 +71,8 @@ def weights_rule(node: fx.Node, analysis: Analysis) -> None:
     groups, _, width = uses.shape
     highest = (uses.to(torch.uint8) * state.reshape(groups, 1, width)).amax(2).flatten()
     unsteady = (uses & ~steady.reshape(groups, 1, width)).any(2).flatten()
-    if not keeps_constants(layer):  # what is not 0 meets the padding at the border
-        meets = (uses & (value != 0).reshape(groups, 1, width)).any(2).flatten()
+    if not keeps_constants(layer):  # what is not 0, in either mode, meets the padding at the border
+        meets = (uses & ((value != 0) | ~steady).reshape(groups, 1, width)).any(2).flatten()
         highest[(highest == CONSTANT) & meets] = FIXED
     total = constant_part(node, analysis, state == CONSTANT, value)
     if (bias := analysis.tensor(node, "bias")) is not None:

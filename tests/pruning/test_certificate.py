@@ -128,3 +128,33 @@ def test_a_fault_beside_infinite_logits_is_seen(fault: float):
     other.fc.bias.data[3] += fault
     with pytest.raises(ValueError, match="differ"):
         certified(net, other, SHAPE)
+
+
+class Bordered(nn.Module):
+    """A channel that its norm makes -1/2 in eval mode and +1/2 in training, and then a border."""
+
+    def __init__(self, pads: bool) -> None:
+        super().__init__()
+        self.pads = pads
+        self.conv, self.bn1 = nn.Conv2d(3, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.deep = nn.Conv2d(6, 6, 3, padding=int(pads), groups=6, bias=False)
+        self.bn2, self.mix, self.bn3 = nn.BatchNorm2d(6), nn.Conv2d(6, 5, 1), nn.BatchNorm2d(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv(x)).relu()
+        x = x if self.pads else nn.functional.pad(x, (1, 1, 1, 1))
+        return self.bn3(self.mix(self.bn2(self.deep(x)))).sigmoid().mean((2, 3))
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_a_channel_that_is_zero_in_eval_mode_alone_is_no_constant_behind_a_border(pads: bool):
+    torch.manual_seed(5)
+    net = settled(Bordered(pads)).double().eval()
+    with torch.no_grad():
+        net.conv.weight[2] = 0.0
+        for name, value in (("running_mean", 1), ("running_var", 1), ("weight", 1), ("bias", 0.5)):
+            getattr(net.bn1, name)[2] = value
+    small = prune(net, SHAPE)
+    modes = {trial["mode"] for trial in small.spec["trials"]}
+    assert modes >= {"eval", "train"}, "and they agree in both, or it would have been refused"
+    assert small.module.deep.groups == 6
