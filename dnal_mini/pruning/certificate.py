@@ -162,7 +162,7 @@ def _rows(results: list[Tensor], inputs: Sequence[Any]) -> list[bool]:
     return [result.shape[:1] == (count,) for result in results]
 
 
-class _Rounded(TorchDispatchMode):
+class Rounded(TorchDispatchMode):
     """Results of operations, each number off by up to a unit in the last place, at random."""
 
     def __init__(self) -> None:
@@ -193,7 +193,7 @@ def _noise(
 
     Source: Monte Carlo arithmetic, Parker 1997 [parker1997monte].
     """
-    with _Rounded():  # what settles statistics rounds, too
+    with Rounded():  # what settles statistics rounds, too
         full = _settled(full, size) if mode == "settled" else full
         other = outputs(full, images, mode == "train")
     pairs = zip(expected, other, strict=True)
