@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs import Job, Place
-from packed import pack
+from packed import Means, pack
 
 from dnal_mini import recipes
 from dnal_mini.config import Budget, SearchConfig
@@ -155,8 +155,8 @@ def main(arguments: list[str] | None = None) -> int:
     place = Place(options.runs.absolute(), RESULTS)
     try:
         came_to = pack(
-            jobs, every, place, options.jobs,
-            until=time.monotonic() + 60 * options.minutes,
+            jobs, every, place,
+            Means(options.jobs, until=time.monotonic() + 60 * options.minutes),
             tell=lambda row: print(json.dumps(told(row, place, every)), flush=True),
         )  # fmt: skip
     except KeyboardInterrupt:

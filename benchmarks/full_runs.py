@@ -32,7 +32,7 @@ sys.path.insert(1, str(Path(__file__).parents[1]))  # a checkout that is not ins
 import torch
 from experiments import controls
 from jobs import Job, Place
-from packed import Outcome, folder_of, pack
+from packed import Means, Outcome, Worth, pack
 from self_check import EPOCH, check
 
 from dnal_mini import recipes
@@ -51,15 +51,15 @@ PRICES = (1e-4, 2e-4, 5e-5, 3e-4, 1e-5, 4e-4, 5e-4)  # the paper's, from the kne
 FADE = 0.93  # each further price is worth so much of the one before
 RATIOS = {"resnet56": (2.57, 2.13, 4.1), "vgg16": (3.0,)}  # what DepGraph and PPSM report
 CHECK_S, CHECK_SHARE = 45.0, 0.15  # the self-check takes no more, of all the time
-SAVING_S = 12.0  # before the end: steps are ended, checkpoints written
+SAVING_S = 15.0  # at the end: steps are ended, checkpoints written
 START_S = 10.0  # of a run: images, capture, cut, test
 EPOCH_S = {"vgg16": 2.0, "resnet56": 8.0, "mobilenetv2": 8.0}  # until the self-check knows better
 
 
 def wanted() -> list[Job]:
     """Every run, parents first."""
-    fast = {recipe().model: recipe().replace(baseline="weight-epochs") for recipe in recipes.FAST}
-    paper = {recipe().model: recipe().replace(baseline="weight-epochs") for recipe in recipes.PAPER}
+    fast = {config.model: config for config in (recipe() for recipe in recipes.FAST)}
+    paper = {config.model: config for config in (recipe() for recipe in recipes.PAPER)}
     jobs: list[Job] = []
     for value, (net, config) in zip((100, 60, 40), fast.items(), strict=True):
         jobs += _priced(f"{net}_fast", config, SEEDS, value)
@@ -142,7 +142,7 @@ def seconds_of(job: Job, epoch_s: dict[str, float]) -> float:
     return START_S + max(1, epochs) * epoch_s[job.config.model] * images / EPOCH
 
 
-def worth_of(jobs: Sequence[Job], place: Place, epoch_s: dict[str, float], end: float) -> Any:
+def worth_of(jobs: Sequence[Job], place: Place, epoch_s: dict[str, float], end: float) -> Worth:
     """Value per second of a job, for ``packed.pack``; a parent counts with the best behind it.
 
     What would not end in time comes last.
@@ -164,8 +164,14 @@ def worth_of(jobs: Sequence[Job], place: Place, epoch_s: dict[str, float], end: 
     return worth
 
 
+def folder_of(card: str, torch_version: str) -> Path:
+    """Where the runs of a card and a torch go, apart from those of others."""
+    name = "".join(letter if letter.isalnum() else "-" for letter in card.lower())
+    return Path(f"{name}-torch{torch_version.partition('+')[0]}")
+
+
 def self_check(log: "Log", options: argparse.Namespace, out: Path) -> Row:
-    """The row of the device's self-check: done once for each commit, if there is time for it."""
+    """The row of the device's self-check: once for each card and torch, if there is time for it."""
     path = out / "self_check.jsonl"
     if path.exists() and (rows := runlog.read(path)):
         return rows[-1]
@@ -218,8 +224,8 @@ def go(options: argparse.Namespace) -> int:
     if not options.minutes > 0 or options.jobs < 0:
         got = f"--minutes {options.minutes:g} --jobs {options.jobs}"
         raise Refused(f"got {got}; need minutes above 0, and jobs from 0 on")
-    end = time.monotonic() + 60 * options.minutes
-    until = end - min(SAVING_S, 0.1 * 60 * options.minutes)
+    saved_s = min(SAVING_S, 0.1 * 60 * options.minutes)
+    until = time.monotonic() + 60 * options.minutes - saved_s
     every = {job.key: job for job in (rehearsed(job, options) for job in wanted())}
     begins = tuple(options.only) or ("",)
     jobs = [job for job in every.values() if job.key.startswith(begins)]
@@ -227,6 +233,8 @@ def go(options: argparse.Namespace) -> int:
         for job in jobs:
             print(json.dumps({"job": job.key, "kind": job.kind, "value": round(job.value, 1)}))
         return 0
+    if not jobs:
+        raise Refused(f"got {' '.join(begins)}, with which no run begins; see --list")
     first = settled(jobs[0].config)
     log = Log(options.out / "full_runs.jsonl")
     load_data(first.replace(device="cpu"))  # decoded once, for all; what is wrong is told here
@@ -248,11 +256,14 @@ def go(options: argparse.Namespace) -> int:
               epoch_s=epoch_s, wanted=len(jobs), done=done)  # fmt: skip
     threads = max(1, torch.get_num_threads() // at_a_time)
     came_to = pack(
-        jobs, every, place, at_a_time, threads=threads, until=until,
+        jobs, every, place, Means(at_a_time, threads, until, saved_s),
         worth=worth_of(jobs, place, epoch_s, until),
         tell=lambda row: log.write(**told(row, every, place)),
     )  # fmt: skip
-    why = "all is done" if not came_to.left else "the time is up; the same command goes on"
+    why = "all is done"
+    if came_to.left:
+        late = time.monotonic() >= until
+        why = "the time is up; the same command goes on" if late else "what they need has no record"
     return ended(log, came_to, why)
 
 

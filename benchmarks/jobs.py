@@ -76,7 +76,7 @@ class Place:
 
 def is_of(path: Path, job: Job) -> bool:
     """True for a whole record of this job, all of it by one torch on one kind of device."""
-    with contextlib.suppress(ValueError):  # a file that is damaged, or of another kind
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged, or of another kind
         rows = runlog.read(path)
         (begun, *_) = [row for row in rows if row["kind"] == "run"] or [{}]
         (taken, *_) = [row for row in rows if row["kind"] == "taken_over"] or [begun]
@@ -115,9 +115,10 @@ def settled(job: Job, place: Place, every: dict[str, Job]) -> SearchConfig:
     share = result["macs"][1] / result["macs"][0]
     if not job.compute_of_like:
         return config.replace(budget=Budget(macs=share))
-    passes = 3 * config.weight_epochs + 2 * config.method.arch_epochs  # see below
+    # forward and backward are 3 passes, without weight gradients 2
+    passes = 3 * config.weight_epochs + 2 * config.method.arch_epochs
     epochs = round(passes / 3 / share + config.fine_tune_epochs)
-    return config.replace(fine_tune_epochs=epochs)  # forward and backward 3, without weights 2
+    return config.replace(fine_tune_epochs=epochs)
 
 
 def carried_out(

@@ -6,6 +6,7 @@ death of this process) lets it end its step and save, and the next call goes on 
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -32,10 +33,23 @@ if FORKS:  # its server starts anew: it finds modules where the environment says
     paths = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
     CONTEXT.set_forkserver_preload(["jobs", "torch.export._trace", "torch._dynamo"])
-SAVED_S = 20.0  # a process that was asked to stop has this long to end its step and save
-MEMORY = "memory"  # why a job ended that may fit beside fewer
+MEMORY = "out of memory"  # why a job ended that may fit beside fewer
 Told = Callable[[Row], None]
 Worth = Callable[[Job], float]
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a call may use: processes at a time, threads of each, and when its time is up.
+
+    ``until``: of ``time.monotonic()``. A process that was asked to stop has ``saved_s`` to end its
+    step and save.
+    """
+
+    at_a_time: int
+    threads: int = 1
+    until: float = math.inf
+    saved_s: float = 20.0
 
 
 @dataclass
@@ -63,16 +77,13 @@ def pack(
     jobs: Sequence[Job],
     every: dict[str, Job],
     place: Place,
-    at_a_time: int,
+    means: Means,
     *,
-    threads: int = 1,
-    until: float = float("inf"),
     worth: Worth = lambda job: 0.0,
     tell: Told = lambda row: None,
     act: Callable[..., Any] = carried_out,
 ) -> Outcome:
-    """Do all jobs that have no record, at most ``at_a_time`` at once, till ``time.monotonic()`` is
-    ``until``.
+    """Do all jobs that have no record, and what they need, as far as the ``means`` allow.
 
     Of those whose parents are there the one of the highest ``worth`` comes first, else the order
     stays. A parent whose record is there and whose folder is not trains its stages again. A job
@@ -82,24 +93,22 @@ def pack(
     Raises: KeyboardInterrupt on SIGINT or SIGTERM, when all have saved.
     """
     state = _Pack(every, place, _wanted(jobs, every, place))
-    limit = at_a_time
+    limit = means.at_a_time
     with terminable():  # SIGTERM, too, comes as KeyboardInterrupt
         try:
-            while (state.todo or state.running) and time.monotonic() < until:
-                _start(state, limit, threads, worth, act, until)
-                if not state.running:
+            while (state.todo or state.running) and time.monotonic() < means.until:
+                _start(state, limit, means.threads, worth, act)
+                if not state.running:  # what they need has left no record
                     break
-                patience = min(until - time.monotonic(), 3600.0)
+                patience = min(means.until - time.monotonic(), 3600.0)
                 for pipe in wait(list(state.running), max(0.0, patience)):
                     job, reason, seconds = _ended(state, pipe)
                     if reason == MEMORY and state.running:
                         limit = len(state.running)
                         state.todo.insert(0, job)
-                        tell(
-                            {"kind": "fewer", "job": job.key, "jobs": limit, "why": "out of memory"}
-                        )
+                        tell({"kind": "fewer", "job": job.key, "jobs": limit, "why": reason})
                     elif reason:
-                        _fail(state, job, reason.replace(MEMORY, "out of memory, alone"), tell)
+                        _fail(state, job, reason, tell)
                     else:
                         state.ready.add(job.key)
                         state.outcome.done.append(job.key)
@@ -107,18 +116,24 @@ def pack(
         finally:
             state.outcome.left = [job.key for job in state.todo]
             state.outcome.left += [job.key for job, *_ in state.running.values()]
-            _stop(state)
+            _stop(state, means.saved_s)
     return state.outcome
 
 
 def _wanted(jobs: Iterable[Job], every: dict[str, Job], place: Place) -> list[Job]:
-    """The jobs without a record, and the parents that have one but whose stages are gone."""
+    """The jobs without a record, and what they need: whole, or the stages alone that are gone."""
     todo = {job.key: job for job in jobs if place.record(job) is None}
-    for job in list(todo.values()):
-        parent = every.get(job.parent)
-        if parent and parent.key not in todo and not _has_stages(place, parent):
-            alone = parent.config.method.trains_from_start
-            todo[parent.key] = parent if alone else replace(parent, kind="weights")
+    asked = list(todo.values())
+    for job in asked:
+        for key in {job.parent, job.like} - {"", *todo}:
+            need = every[key]
+            if place.record(need) is not None:
+                if key != job.parent or _has_stages(place, need):
+                    continue
+                if not need.config.method.trains_from_start:
+                    need = replace(need, kind="weights")
+            todo[key] = need
+            asked.append(need)
     return list(todo.values())
 
 
@@ -128,9 +143,7 @@ def _has_stages(place: Place, job: Job) -> bool:
     return place.record(job) is not None and (place.runs / job.key / f"{first}.pt").exists()
 
 
-def _start(
-    state: _Pack, limit: int, threads: int, worth: Worth, act: Callable[..., Any], until: float
-) -> None:
+def _start(state: _Pack, limit: int, threads: int, worth: Worth, act: Callable[..., Any]) -> None:
     """Start jobs whose parents are there, the best first, while there is room."""
 
     def can(job: Job) -> bool:
@@ -160,8 +173,8 @@ def _ended(state: _Pack, pipe: Connection) -> tuple[Job, str, float]:
     except EOFError:
         process.join()
         reason = f"its process ended with code {process.exitcode}"
-        if FORKS and process.exitcode == -signal.SIGKILL:  # by the system, as a rule
-            reason = MEMORY
+        if FORKS and process.exitcode == -signal.SIGKILL and state.running:
+            reason = MEMORY  # as a rule the system does so for want of it
     pipe.close()
     process.join()
     return job, reason, time.monotonic() - began
@@ -176,13 +189,13 @@ def _fail(state: _Pack, job: Job, reason: str, tell: Told) -> None:
         _fail(state, needs[0], f"not started: {job.key} failed", tell)
 
 
-def _stop(state: _Pack) -> None:
+def _stop(state: _Pack, saved_s: float) -> None:
     """Let every process end its step and save; those that do not are killed."""
     processes = [process for _, process, _ in state.running.values()]
     for process in processes:
         with contextlib.suppress(OSError, TypeError):  # it has ended by itself
             os.kill(process.pid or 0, POLITE) if process.is_alive() else None
-    end = time.monotonic() + SAVED_S
+    end = time.monotonic() + saved_s
     for process in processes:
         process.join(max(0.0, end - time.monotonic()))
         process.kill()
@@ -223,9 +236,3 @@ def reason_of(error: Exception) -> str:
     text = " ".join(str(error).split())[:400]
     told = isinstance(error, Refused | FloatingPointError)
     return text if told else f"{type(error).__name__}: {text}"
-
-
-def folder_of(card: str, torch_version: str) -> Path:
-    """Where the runs of a card and a torch go, apart from those of others."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in card.lower())
-    return Path(f"{name}-torch{torch_version.partition('+')[0]}")

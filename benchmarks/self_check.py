@@ -37,6 +37,7 @@ from dnal_mini.runs.origin import describe_run
 from dnal_mini.runs.runlog import Row
 from dnal_mini.runs.signals import POLITE
 from dnal_mini.search.driver import run
+from dnal_mini.search.inputs import on_device
 from dnal_mini.training.devices import pick_device, pick_dtype
 from dnal_mini.training.loop import autocast, fit, only_training
 from dnal_mini.training.stage import Feed, Stage, Work
@@ -125,9 +126,8 @@ def speed(net: nn.Module, device: str, gated: bool = False, compiled: bool = Fal
     """Images per second of training, after an epoch to warm up."""
     kind = torch.device(device)
     feed = Feed(BATCH, precision="auto", channels_last=True, compiled=compiled)
-    data = toy_images(train=BATCH * STEPS.get(kind.type, 2), val=8, num_classes=10,
-                      image_shape=SHAPE)  # fmt: skip
-    data = type(data)(**vars(data) | {"train": data.train.to(kind), "val": data.val.to(kind)})
+    count = BATCH * STEPS.get(kind.type, 2)
+    data = on_device(toy_images(train=count, val=8, num_classes=10, image_shape=SHAPE), kind)
     set_gates(net, mode="soft" if gated else "off")
     parameters = list(arch_parameters(net) if gated else weights_of(net))
     optimizer = torch.optim.SGD(parameters, lr=0.0, momentum=0.9)

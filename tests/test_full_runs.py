@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import experiments
 import full_runs
 import pytest
 import self_check
+from full_runs import folder_of
 from jobs import Job, Place, carried_out
-from packed import Outcome, folder_of, pack
+from packed import Means, Outcome, pack
 
 from dnal_mini import recipes
 from dnal_mini.runs import runlog
@@ -68,11 +70,23 @@ def of(*names: str, **more: object) -> list[Job]:
     return [Job("some", name, TINY, **more) for name in names]
 
 
-def packed(tmp_path: Path, jobs: list[Job], at_a_time: int = 2, **more) -> tuple[Outcome, list]:
+def packed(
+    tmp_path: Path, jobs: list[Job], at_a_time: int = 2, until: float = math.inf, **more
+) -> tuple[Outcome, list]:
     told: list[dict] = []
     every = {job.key: job for job in jobs}
+    place, means = Place(tmp_path / "runs", tmp_path / "records"), Means(at_a_time, until=until)
+    return pack(jobs, every, place, means, tell=told.append, act=act, **more), told
+
+
+def test_what_a_job_needs_is_done_before_it_also_if_nobody_asked(tmp_path):
+    jobs = of("a") + of("b") + of("c", parent="some/a-seed0", like="some/b-seed0")
+    every, told = {job.key: job for job in jobs}, []
     place = Place(tmp_path / "runs", tmp_path / "records")
-    return pack(jobs, every, place, at_a_time, tell=told.append, act=act, **more), told
+    came_to = pack(jobs[2:], every, place, Means(1), tell=told.append, act=act)
+    assert sorted(came_to.done) == ["some/a-seed0", "some/b-seed0", "some/c-seed0"]
+    assert came_to.done[-1] == "some/c-seed0"
+    assert not came_to.left
 
 
 def test_the_best_of_those_whose_parents_are_there_comes_first(tmp_path):
@@ -118,14 +132,14 @@ def test_runs_that_find_no_memory_side_by_side_run_one_by_one(tmp_path):
 
 def test_a_run_that_finds_no_memory_alone_has_failed(tmp_path):
     came_to, _ = packed(tmp_path, of("greedy", "b"), 1)
-    assert came_to.failed == {"some/greedy-seed0": "out of memory, alone"}
+    assert came_to.failed == {"some/greedy-seed0": "out of memory"}
     assert came_to.done == ["some/b-seed0"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
 def test_a_process_that_is_killed_is_a_run_that_failed(tmp_path):
     came_to, _ = packed(tmp_path, of("killed", "b"), 1)
-    assert list(came_to.failed) == ["some/killed-seed0"]
+    assert came_to.failed == {"some/killed-seed0": "its process ended with code -9"}
     assert came_to.done == ["some/b-seed0"]
 
 
@@ -196,6 +210,12 @@ def test_a_record_of_other_settings_or_of_two_torches_is_none(tmp_path):
         for row in (begun, taken, result):
             runlog.RunLog(path).append(**row)
         assert place.record(job) is None
+    path.write_text('{"kind": "benchmark"}\n')
+    assert place.record(job) is None, "a record of another kind"
+    path.unlink()
+    for row in (begun, result):
+        runlog.RunLog(path).append(**row)
+    assert place.record(job)
     path.write_text(path.read_text()[:-20])
     with pytest.warns(UserWarning, match="is cut short"):
         assert place.record(job) is None
@@ -320,6 +340,7 @@ def unlocked(out: Path) -> None:
         ("--data-dir {tmp}/images", "9 classes"),
         ("--width 0", "got width 0"),
         ("--train-images -3", "got train_images -3"),
+        ("vgg19_fast", "got vgg19_fast, with which no run begins"),
     ],
 )
 def test_what_cannot_be_started_is_told_in_one_line(tmp_path, capsys, words: str, says: str):

@@ -95,8 +95,8 @@ def _compare(
     """One trial; None if the whole network does not take such images.
 
     Nor does one take them that hands out other than ``rows``: ``x.reshape(-1, 360)`` takes pixels
-    of one image for those of another rather than fail. Nor one that makes no number of a size that
-    it was not cut for.
+    of one image for those of another rather than fail. Nor one that makes no number of them: but of
+    those that it was cut for, in eval mode (``expected``), it has to.
 
     Raises: ValueError if the networks differ, or the cut one does not run.
     """
@@ -104,13 +104,14 @@ def _compare(
     if mode == "settled":
         full, small = _settled(full, size), _settled(small, size)
     images = drawn(size, like(full), batch or 0, batch)
+    first = expected is not None
     try:
         expected = outputs(full, images, mode == "train") if expected is None else expected
     except Exception:  # the user's forward wants another size, or a larger batch
         return None
     if _rows(expected, images) != rows:
         return None
-    if batch and any(bool(tensor.isnan().any()) for tensor in expected):
+    if not first and any(bool(tensor.isnan().any()) for tensor in expected):
         return None  # such as the mean of a map that has no pixel left
     count, *shape = _image_shape(images)
     where = f"in {mode} mode on {told(size)}"

@@ -29,29 +29,14 @@ class Verdict:
     seeds: int
 
 
-def two_sided(t: float, degrees: int) -> float:
-    """Chance that Student's t, with so many degrees of freedom, is further from 0 than ``t``.
-
-    The finite sums for whole degrees of freedom. Source: student1908.
-    """
-    angle = math.atan(abs(t) / math.sqrt(degrees))
-    odd, term, total = degrees % 2, 1.0, 0.0
-    for k in range(1, (degrees - odd) // 2 + 1):  # cos, cos^3, ... or 1, cos^2, ...
-        total += term * math.cos(angle) ** (2 * k - 2 + odd)
-        term *= (2 * k - 1 + odd) / (2 * k + odd)
-    within = math.sin(angle) * total
-    return 1 - (2 / math.pi * (angle + within) if odd else within)
-
-
 def quantile(level: float, degrees: int) -> float:
-    """The t that is exceeded, to either side, with chance ``level``."""
-    low, high = 0.0, 1.0
-    while two_sided(high, degrees) > level:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided(middle, degrees) > level else (low, middle)
-    return (low + high) / 2
+    """The t that is exceeded, to either side, with chance ``level``.
+
+    Source: Student's distribution [student1908].
+    """
+    from scipy import stats
+
+    return float(stats.t.isf(level / 2, degrees))
 
 
 def verdict(differences: Iterable[float], among: int) -> Verdict:
